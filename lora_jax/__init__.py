@@ -1,0 +1,11 @@
+"""LoRA for any JAX function over any pytree: the public names, and nothing else."""
+
+from lora_jax import rules as _rules  # noqa: F401  (registers the rules)
+from lora_jax.adapters import Adapter, attach, merge, split, unmerge
+from lora_jax.factored import Factored, FactoredError, Network, materialize
+from lora_jax.lift import Interpreter, MaterializeError, UnusedError, Use, lift, rule
+from lora_jax.optim import optimizer
+from lora_jax.sites import Site, sites
+from lora_jax.variants import Full, LoRA, Variant
+
+__version__ = "0.1.0"

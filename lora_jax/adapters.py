@@ -1,0 +1,272 @@
+"""Adapters: `split` a tree into frozen and trainable, `attach` the two side by side, `merge` and `unmerge` them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import tree
+from lora_jax.factored import Factored, is_factored, materialize
+from lora_jax.sites import Site
+from lora_jax.variants.base import Placed, Variant
+
+Rules = Mapping[str, Any] | Callable[[str, Site], Any]
+LoraParams = dict[str, "Adapter"]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["factors"], meta_fields=["variant", "site"])
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adapter:
+    """What trains at one leaf: named factors, with the variant and the leaf's axes as static metadata.
+
+    Attributes:
+      factors: Arrays by name; of LoRA, "A" and "B".
+      variant: How ΔW is made of them.
+      site: The leaf's shape, kind and axes.
+    """
+
+    factors: dict[str, Any]
+    variant: Variant
+    site: Site
+
+
+def is_adapter(node: Any) -> bool:
+    """Whether a node of a tree is an Adapter; made for `is_leaf=`."""
+    return isinstance(node, Adapter)
+
+
+def split(
+    key: jax.Array, params: Any, rules: Rules, *, sites: Mapping[str, Site] | None = None
+) -> tuple[Any, LoraParams]:
+    """A tree of parameters as what stays frozen and what trains.
+
+    Args:
+      key: A PRNG key. What a leaf starts from depends on it and on the leaf's own path alone.
+      params: Any pytree of arrays; leaves that are no arrays stay as they are.
+      rules: Which leaf gets which variant: a mapping from regular expression, which must match a whole path, to
+        variant (the first that matches wins; None freezes), or a callable `(path, site) -> variant or None`. A variant
+        may carry its axes, `LoRA(rank=8).at(in_axes=0, out_axes=(1, 2))`.
+      sites: What `sites` found. Without it a matrix counts as (in, out), and a leaf of any other shape needs its axes
+        in the rule.
+
+    Returns:
+      `(frozen, lora_params)`: a tree like `params`, and a dict from path to `Adapter`.
+
+    Raises:
+      ValueError: A rule matches no leaf; a leaf is not of floating dtype, is not read by the function, or has no axes;
+        the variant does not suit it; two leaves have one path; or nothing at all is adapted.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> params = {"dense": {"kernel": jnp.ones((64, 32)), "bias": jnp.zeros(32)}}
+    >>> frozen, lora_params = lora.split(jax.random.key(0), params, {".*/kernel": lora.LoRA(rank=4)})
+    >>> {name: a.shape for name, a in lora_params["dense/kernel"].factors.items()}
+    {'A': (64, 4), 'B': (4, 32)}
+    """
+    leaves, treedef = tree.flatten(params)
+    arrays = {path: leaf for path, leaf in leaves.items() if tree.is_array(leaf)}
+    frozen, lora_params = dict(leaves), LoraParams()
+    for path, chosen in _chosen(rules, arrays, sites).items():
+        variant, site = _placed(path, chosen, arrays[path], sites)
+        try:
+            frozen[path], factors = variant.initial(_key_of(key, path), arrays[path], site)
+        except ValueError as error:
+            raise ValueError(f"{path!r} {site.shape} as {variant}: {error}") from error
+        lora_params[path] = Adapter(factors, variant, site)
+    if not lora_params:
+        raise ValueError("the rules adapt no leaf, so nothing would train: give one of the paths a variant")
+    return tree.unflatten(treedef, frozen), lora_params
+
+
+def attach(frozen: Any, lora_params: Mapping[str, Adapter]) -> Any:
+    """The frozen tree with each adapted leaf made a `Factored` that holds base and ΔW apart, for a lifted function.
+
+    No arithmetic is done. The result is a pytree like any other: it may be an argument of a jitted function.
+
+    Args:
+      frozen: What `split` returned first, or any tree with leaves of the same shapes at the same paths.
+      lora_params: What `split` returned second, or some of it.
+
+    Returns:
+      A tree like `frozen`.
+
+    Raises:
+      ValueError: A path is not in `frozen`, a shape does not fit, or a leaf is attached already.
+    """
+    leaves, treedef = tree.flatten(frozen, is_leaf=is_factored)
+    return tree.unflatten(treedef, {**leaves, **_applied(leaves, lora_params)})
+
+
+def merge(params: Any, lora_params: Mapping[str, Adapter]) -> Any:
+    """Plain weights W + ΔW in the base's dtypes: deployable, and as fast as the base. Pure.
+
+    ΔW is formed in the wider of the base's and the factors' dtypes and the sum is rounded once. In bfloat16 that loses
+    updates of less than about 1/256 of a weight: merge into a float32 copy where that matters.
+
+    Args:
+      params: As `frozen` in `attach`.
+      lora_params: As in `attach`.
+
+    Returns:
+      A tree like `params`, sharing the leaves that are not adapted.
+
+    Raises:
+      ValueError: As `attach`; and for a result that is not finite, unless values are traced (inside `jax.jit`), where
+        none can be looked at.
+    """
+    leaves, treedef = tree.flatten(params, is_leaf=is_factored)
+    merged = {path: materialize(x) if is_factored(x) else x for path, x in _applied(leaves, lora_params).items()}
+    _check_finite(merged, leaves)
+    return tree.unflatten(treedef, {**leaves, **merged})
+
+
+def unmerge(params: Any, lora_params: Mapping[str, Adapter]) -> Any:
+    """The inverse of `merge`, within the rounding of the base's dtype.
+
+    Args:
+      params: What `merge` returned.
+      lora_params: What it was given.
+
+    Returns:
+      A tree like `params`.
+
+    Raises:
+      ValueError: As `merge`; and for a leaf under `Full`, whose own value `merge` replaced.
+    """
+    for path, adapter in lora_params.items():
+        if not adapter.variant.invertible:
+            raise ValueError(
+                f"{path!r}: {type(adapter.variant).__name__} replaces the leaf, so merging cannot be undone there: keep "
+                "the frozen tree, or leave the path out of lora_params (the leaf then keeps its trained value)"
+            )
+    leaves, treedef = tree.flatten(params, is_leaf=is_factored)
+    restored = {path: materialize(_negated(x)) for path, x in _applied(leaves, lora_params).items()}
+    _check_finite(restored, leaves)
+    return tree.unflatten(treedef, {**leaves, **restored})
+
+
+def _negated(value: Factored) -> Factored:
+    base, *rest = value.terms
+    return dataclasses.replace(value, terms=(base, *(dataclasses.replace(t, scale=-t.scale) for t in rest)))
+
+
+def _applied(leaves: Mapping[str, Any], lora_params: Mapping[str, Adapter]) -> dict[str, Any]:
+    """What each adapter makes of its leaf."""
+    missing = [path for path in lora_params if path not in leaves]
+    if missing:
+        raise ValueError(
+            f"lora_params has {len(missing)} of its {len(lora_params)} paths for leaves that the tree does not have, "
+            f"{missing[0]!r} first: they were made for another model{tree.close_to(missing[0], leaves)}"
+        )
+    applied = {}
+    for path, adapter in lora_params.items():
+        leaf = leaves[path]
+        if is_factored(leaf):
+            raise ValueError(f"{path!r} is attached already: attach to the frozen tree, or merge first")
+        if not tree.is_array(leaf) or tuple(leaf.shape) != adapter.site.shape:
+            found = leaf.shape if tree.is_array(leaf) else type(leaf).__name__
+            raise ValueError(
+                f"{path!r}: the adapter was made for a leaf of shape {adapter.site.shape}, but the tree has {found} "
+                "there: split again for this model"
+            )
+        applied[path] = adapter.variant.apply(Factored.of(leaf, path), adapter.factors, adapter.site)
+    return applied
+
+
+def _check_finite(results: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    if any(isinstance(array, jax.core.Tracer) for array in results.values()):
+        return
+    finite = jax.device_get({path: jnp.isfinite(array).all() for path, array in results.items()})
+    for path in (path for path, ok in finite.items() if not ok):
+        bad = int(jnp.size(results[path]) - jnp.isfinite(results[path]).sum())
+        cause = "the factors are" if bool(jnp.isfinite(before[path]).all()) else "the base is"
+        raise ValueError(
+            f"{path!r}: {bad} of {results[path].size} merged weights are not finite, because {cause} not (or the sum "
+            "overflows); nothing was changed: go back to a checkpoint from before training diverged"
+        )
+
+
+def _chosen(
+    rules: Rules, arrays: Mapping[str, Any], sites: Mapping[str, Site] | None
+) -> dict[str, Variant | Placed]:
+    """The variant of each adapted path."""
+    if callable(rules):
+        known = {path: (sites or {}).get(path, _by_shape(leaf)) for path, leaf in arrays.items()}
+        answers = {path: rules(path, known[path]) for path in arrays}
+    else:
+        answers = {path: rules[pattern] for path, pattern in _first_matches(rules, arrays).items()}
+    for path, answer in answers.items():
+        if not isinstance(answer, Variant | Placed | None):
+            raise ValueError(f"the rule for {path!r} gives {answer!r}, which is no variant: give one, such as LoRA(rank=8)")
+    return {path: answer for path, answer in answers.items() if answer is not None}
+
+
+def _first_matches(rules: Mapping[str, Any], paths: Iterable[str]) -> dict[str, str]:
+    """The first pattern that matches each path whole; each pattern must be the first for some path."""
+    first: dict[str, str] = {}
+    for pattern in rules:
+        try:
+            compiled = re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"the rule {pattern!r} is no regular expression: {error}") from error
+        matched = [path for path in paths if compiled.fullmatch(path)]
+        if not matched:
+            inside = [path for path in paths if compiled.search(path)]
+            hint = f"; it matches a part of {inside[0]!r}: try {'.*' + pattern + '.*'!r}" if inside else ""
+            raise ValueError(
+                f"the rule {pattern!r} matches no path (a rule matches whole paths)"
+                + (hint or tree.close_to(pattern, paths) or f"; the paths are {', '.join(list(paths)[:5])} ...")
+            )
+        fresh = [path for path in matched if path not in first]
+        if not fresh:
+            raise ValueError(
+                f"the rule {pattern!r} matches {matched[0]!r}, but {first[matched[0]]!r} comes first there and the rule "
+                "has no path to itself: put it before, or take it out"
+            )
+        first.update(dict.fromkeys(fresh, pattern))
+    return first
+
+
+def _placed(
+    path: str, chosen: Variant | Placed, leaf: Any, sites: Mapping[str, Site] | None
+) -> tuple[Variant, Site]:
+    """The variant and the site of one adapted leaf, once both are known to make sense."""
+    shape = tuple(leaf.shape)
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise ValueError(f"{path!r} is {leaf.dtype}{list(shape)}, and only floating-point leaves train: leave it out")
+    if sites is not None and (path not in sites or sites[path].shape != shape):
+        found = f"shape {sites[path].shape}" if path in sites else "nothing"
+        raise ValueError(f"{path!r} has shape {shape}, but sites has {found} there: trace the function with this tree")
+    site = _by_shape(leaf) if sites is None else sites[path]
+    if site.kind == "unused":
+        raise ValueError(f"{path!r}: the traced function does not read it, so it would not train: leave it out")
+    variant = chosen
+    if isinstance(chosen, Placed):
+        variant, site = chosen.variant, chosen.site(path, shape, site.kind)
+    if variant.needs_axes and not site.adaptable:
+        if sites is None:
+            remedy = "pass sites=lora.sites(fun, params, ...), or give the axes in the rule: .at(in_axes=..., out_axes=...)"
+            raise ValueError(f"{path!r} has shape {shape}, and only a matrix is (in, out) by itself: {remedy}")
+        use = site.uses[0]
+        raise ValueError(
+            f"{path!r} {shape} is used whole, by {use.primitive!r} at {use.where}, so no low-rank update of it is "
+            "multiplied by anything: leave it out, or train it with Full()"
+        )
+    return variant, dataclasses.replace(site, uses=())
+
+
+def _by_shape(leaf: Any) -> Site:
+    """A leaf whose use is not known: a matrix is (in, out)."""
+    shape = tuple(leaf.shape)
+    return Site(shape, "linear", (), (0,), (1,)) if len(shape) == 2 else Site(shape, "other")
+
+
+def _key_of(key: jax.Array, path: str) -> jax.Array:
+    """A key that depends on the path alone, the same in every process and session."""
+    return jax.random.fold_in(key, int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "little"))

@@ -1,0 +1,95 @@
+"""The only file that knows JAX's versions and internals: JAX 0.10 to 0.12."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+from jax._src import source_info_util
+from jax.custom_derivatives import SymbolicZero
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+
+# Equations are the same in the supported versions, but for two things that this file absorbs. JAX 0.12 has one class
+# for open and closed jaxprs, where 0.10 has `ClosedJaxpr` with a `.jaxpr` inside; and `scan` counts its operands in the
+# tree `ft_in`, where 0.10 has `num_consts` and `num_carry`.
+
+
+def trace(fun: Callable[..., Any], *args: Any) -> Any:
+    """The closed jaxpr of `fun`, which takes and returns flat lists of arrays."""
+    return jax.make_jaxpr(fun)(*args)
+
+
+def parts(closed: Any) -> tuple[Any, Sequence[Any]]:
+    """An open jaxpr and its constants, from an open jaxpr, a closed one, or the class that is both."""
+    return getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
+
+
+def is_literal(atom: Any) -> bool:
+    """Whether an equation's operand is a constant written in place."""
+    return isinstance(atom, jax.extend.core.Literal)
+
+
+def last_uses(jaxpr: Any) -> list[list[Any]]:
+    """For each equation of an open jaxpr, the variables that nothing after it reads."""
+    seen = {v for v in jaxpr.outvars if not is_literal(v)}
+    dead: list[list[Any]] = []
+    for eqn in reversed(jaxpr.eqns):
+        variables = {v for v in (*eqn.invars, *eqn.outvars) if not is_literal(v)} - seen
+        dead.append(list(variables))
+        seen |= variables
+    return dead[::-1]
+
+
+def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """Evaluate one equation as it stands, inside whatever trace is current; its results as a list."""
+    out = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def context(eqn: Any) -> Any:
+    """A context manager under which new equations carry the old one's name stack and line in the user's source."""
+    names = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    return source_info_util.user_context(eqn.source_info.traceback, name_stack=names)
+
+
+def where(eqn: Any) -> str:
+    """The user's line behind an equation, e.g. `model.py:41 (attention)`: the innermost one outside all libraries."""
+    frames = [f for f in source_info_util.user_frames(eqn.source_info.traceback) if not _is_ours(f.file_name)]
+    if not frames:
+        return "an unknown line"
+    frame = next((f for f in frames if "site-packages" not in f.file_name), frames[0])
+    return f"{os.path.basename(frame.file_name)}:{frame.start_line} ({frame.function_name})"
+
+
+def _is_ours(file_name: str) -> bool:
+    folder = os.path.dirname(file_name)
+    return folder == _HERE or folder == os.path.join(_HERE, "rules")
+
+
+def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """How many operands of a scan equation are constants, and how many are carried."""
+    if "ft_in" in params:
+        consts, carry, _ = params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return params["num_consts"], params["num_carry"]
+
+
+def jvp_jaxpr(eqn: Any, n: int) -> tuple[Any, list[bool]]:
+    """The rule of a `custom_jvp_call` as a closed jaxpr of `n` primals and `n` tangents, and which results are zeros."""
+    jaxpr, consts, out_zeros = eqn.params["jvp_jaxpr_fun"].call_wrapped(*[False] * n)
+    return jax.extend.core.ClosedJaxpr(jaxpr, consts), out_zeros
+
+
+def is_zero(tangent: Any) -> bool:
+    """Whether a tangent is known to be zero."""
+    return isinstance(tangent, SymbolicZero)
+
+
+def instantiate(tangent: Any) -> Any:
+    """A tangent as an array."""
+    return jnp.zeros(tangent.shape, tangent.dtype) if is_zero(tangent) else tangent

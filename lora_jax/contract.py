@@ -1,0 +1,159 @@
+"""Contraction of a tensor network over named axes, in the cheapest order that never forms a whole weight."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence, Set
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Axis(NamedTuple):
+    """A named axis: of a weight (then `root` is the dimension of the leaf that it comes from), or of anything else."""
+
+    name: str
+    size: int
+    root: int | None = None
+
+    def split(self, major: int) -> tuple[Axis, Axis]:
+        """The axis as two, the first of size `major`.
+
+        >>> Axis("1", 512, 1).split(8)
+        (Axis(name='1.0', size=8, root=1), Axis(name='1.1', size=64, root=1))
+        """
+        return Axis(f"{self.name}.0", major, self.root), Axis(f"{self.name}.1", self.size // major, self.root)
+
+
+Axes = tuple[Axis, ...]
+Order = tuple[tuple[int, int], ...]
+
+
+def size_of(axes: Sequence[Axis] | Set[Axis]) -> int:
+    """How many entries an array over these axes has."""
+    return math.prod(axis.size for axis in axes)
+
+
+def contract(
+    operands: Sequence[tuple[jax.Array, Axes]],
+    out: Axes,
+    *,
+    whole: Set[Axis] = frozenset(),
+    flat: bool = True,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+) -> jax.Array:
+    """The einsum of `operands` over all axes that `out` does not name, pair by pair in the order that `order` gives.
+
+    Args:
+      operands: Arrays with the axes of their dimensions; where there is an activation, it comes first.
+      out: The axes of the result; one that no operand carries is broadcast.
+      whole: The axes of the weight, which no product of factors alone may carry together.
+      flat: Whether each operand is first brought to two dimensions (three with a batch), summed and free.
+      precision: As in `jax.lax.dot_general`.
+      preferred_element_type: As in `jax.lax.dot_general`.
+
+    Returns:
+      An array with one dimension for each axis of `out`.
+    """
+    live = [_sum_out(*operand, out, operands[:i] + operands[i + 1 :]) for i, operand in enumerate(operands)]
+    for i, j in order(tuple(axes for _, axes in live), frozenset(out), frozenset(whole)):
+        right, left = live.pop(j), live.pop(i)
+        keep = frozenset(out).union(*(axes for _, axes in live))
+        # Only the last product leaves the computation's dtype, so that none of the others is a wider one than it need be.
+        dtype = None if live else preferred_element_type
+        live.insert(i, _product(left, right, keep, flat, precision, dtype))
+    return _arrange(*live[0], out)
+
+
+def order(operands: tuple[Axes, ...], out: frozenset[Axis], whole: frozenset[Axis] = frozenset()) -> Order:
+    """The cheapest sequence of pairs i < j to multiply, each product taking the place of its left operand.
+
+    The cost is the number of multiplications. Ruled out are products of factors alone (i > 0) that carry all of `whole`.
+
+    >>> n, d, r, k = Axis("n", 64), Axis("d", 512), Axis("r", 8), Axis("k", 512)
+    >>> order(((n, d), (d, r), (r, k)), frozenset({n, k}))  # (x A) B, not x (A B)
+    ((0, 1), (0, 1))
+    """
+    return _search(operands, out, whole)[1]
+
+
+@functools.lru_cache(maxsize=4096)
+def _search(operands: tuple[Axes, ...], out: frozenset[Axis], whole: frozenset[Axis]) -> tuple[float, Order]:
+    if len(operands) == 1:
+        return 0.0, ()
+    best: tuple[float, Order] = (math.inf, ())
+    for i in range(len(operands)):
+        for j in range(i + 1, len(operands)):
+            union = frozenset(operands[i]) | frozenset(operands[j])
+            product = tuple(sorted(union & out.union(*operands[:i], *operands[i + 1 : j], *operands[j + 1 :])))
+            if i > 0 and whole and whole.issubset(product):
+                continue
+            rest = operands[:i] + (product,) + operands[i + 1 : j] + operands[j + 1 :]
+            cost, tail = _search(rest, out, whole)
+            best = min(best, (size_of(union) + cost, ((i, j), *tail)))
+    return best
+
+
+def _sum_out(array: jax.Array, axes: Axes, out: Axes, others: Sequence[tuple[jax.Array, Axes]]) -> tuple[Any, Axes]:
+    """Sums over the axes that only this operand has and the result does not want."""
+    kept = frozenset(out).union(*(other for _, other in others))
+    dims = [d for d, axis in enumerate(axes) if axis not in kept]
+    return (jnp.sum(array, dims), tuple(axis for axis in axes if axis in kept)) if dims else (array, axes)
+
+
+def _product(
+    left: tuple[jax.Array, Axes], right: tuple[jax.Array, Axes], keep: Set[Axis], flat: bool, precision: Any, dtype: Any
+) -> tuple[jax.Array, Axes]:
+    """The product of two operands over their shared axes that are not in `keep`."""
+    (a, a_axes), (b, b_axes) = left, right
+    shared = [axis for axis in a_axes if axis in b_axes]
+    summed = tuple(axis for axis in shared if axis not in keep)
+    batch = tuple(axis for axis in shared if axis in keep)
+    a_free = tuple(axis for axis in a_axes if axis not in shared)
+    b_free = tuple(axis for axis in b_axes if axis not in shared)
+    if not summed:  # nothing to sum: an element-wise product, with broadcasting
+        out = (*a_axes, *b_free)
+        return _arrange(a, a_axes, out) * _arrange(b, b_axes, out), out
+    lay_out = _flatten if flat else _locate
+    a, a_dims = lay_out(a, a_axes, (batch, summed, a_free))
+    b, b_dims = lay_out(b, b_axes, (batch, summed, b_free))
+    dims = ((a_dims[1], b_dims[1]), (a_dims[0], b_dims[0]))
+    y = lax.dot_general(a, b, dims, precision=precision, preferred_element_type=dtype)
+    out = (*batch, *a_free, *b_free)
+    return reshape(y, tuple(axis.size for axis in out)), out
+
+
+def _locate(array: jax.Array, axes: Axes, groups: Sequence[Axes]) -> tuple[jax.Array, list[tuple[int, ...]]]:
+    """The dimensions of each group of axes."""
+    return array, [tuple(axes.index(axis) for axis in group) for group in groups]
+
+
+def _flatten(array: jax.Array, axes: Axes, groups: Sequence[Axes]) -> tuple[jax.Array, list[tuple[int, ...]]]:
+    """The array with each group of axes made one dimension (none for an empty group), transposed only if it must be."""
+    blocks = sorted((group for group in groups if group), key=lambda group: min(axes.index(axis) for axis in group))
+    array = transpose(array, [axes.index(axis) for block in blocks for axis in block])
+    array = reshape(array, tuple(size_of(block) for block in blocks))
+    return array, [(blocks.index(group),) if group else () for group in groups]
+
+
+def _arrange(array: jax.Array, axes: Axes, out: Axes) -> jax.Array:
+    """The array with its dimensions in the order of `out`, broadcast over the axes that it does not have."""
+    array = transpose(array, [axes.index(axis) for axis in out if axis in axes])
+    if len(axes) == len(out):
+        return array
+    dims = tuple(d for d, axis in enumerate(out) if axis in axes)
+    return lax.broadcast_in_dim(array, tuple(axis.size for axis in out), dims)
+
+
+def transpose(array: jax.Array, permutation: Sequence[int]) -> jax.Array:
+    """`jax.lax.transpose` that writes no equation where nothing moves."""
+    return array if list(permutation) == list(range(array.ndim)) else lax.transpose(array, tuple(permutation))
+
+
+def reshape(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`jax.lax.reshape` that writes no equation where nothing changes."""
+    return array if array.shape == shape else lax.reshape(array, shape)

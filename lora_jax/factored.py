@@ -1,0 +1,192 @@
+"""Factored: a weight held as a sum of tensor networks over named axes, the base first, never formed unless asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.contract import Axes, Axis, contract, reshape, size_of
+
+
+class FactoredError(TypeError):
+    """A Factored leaf was used as if it were an array, outside `lift`."""
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["operands"], meta_fields=["axes", "scale"])
+@dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+    """A product of arrays over named axes, unevaluated: the einsum over every axis that the weight does not have.
+
+    Attributes:
+      operands: The arrays.
+      axes: For each operand, the axes of its dimensions. Axes with the same name are the same axis.
+      scale: A number that multiplies the whole; it is folded into the smallest operand.
+    """
+
+    operands: tuple[jax.Array, ...]
+    axes: tuple[Axes, ...]
+    scale: float = 1.0
+
+    def map(self, change: Callable[[jax.Array, Axes], tuple[jax.Array, Axes]]) -> Network:
+        """The network with each operand and its axes changed."""
+        pairs = [change(operand, axes) for operand, axes in zip(self.operands, self.axes, strict=True)]
+        return Network(tuple(a for a, _ in pairs), tuple(axes for _, axes in pairs), self.scale)
+
+    def times(self, array: jax.Array, axes: Axes) -> Network:
+        """The network multiplied, element by element, by an array over some of the axes."""
+        return Network((*self.operands, array), (*self.axes, axes), self.scale)
+
+    def at(self, dtype: Any) -> list[tuple[jax.Array, Axes]]:
+        """The operands with their axes, the scale folded in, in the dtype they are to be multiplied in."""
+        operands = list(self.operands)
+        if self.scale != 1.0:
+            small = min(range(len(operands)), key=lambda i: operands[i].size)
+            operands[small] = operands[small] * self.scale
+        return [(array.astype(dtype), axes) for array, axes in zip(operands, self.axes, strict=True)]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["terms"], meta_fields=["dims", "dtype", "path"])
+@dataclasses.dataclass(frozen=True, eq=False)
+class Factored:
+    """What `attach` puts at a leaf: base + ΔW, as a sum of networks over the axes of the weight.
+
+    It is a pytree, so it passes through `jax.jit` and its kin; and it is no array: only a function that `lift` has
+    lifted computes with it.
+
+    Attributes:
+      terms: The networks; the first is the base alone.
+      dims: For each dimension of the value, the axes it is made of, slowest first. Reshapes and transposes of the
+        weight change this and leave the factors alone; an axis that no operand carries is a broadcast.
+      dtype: The dtype that the value has, and in which products with it are made.
+      path: The leaf's path, for messages.
+    """
+
+    terms: tuple[Network, ...]
+    dims: tuple[Axes, ...]
+    dtype: Any
+    path: str
+
+    @classmethod
+    def of(cls, base: Any, path: str) -> Factored:
+        """A leaf as it is: one term, one axis for each dimension, named by its number."""
+        axes = weight_axes(base.shape)
+        return cls((Network((base,), (axes,)),), tuple((axis,) for axis in axes), jnp.dtype(base.dtype), path)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the value."""
+        return tuple(size_of(group) for group in self.dims)
+
+    @property
+    def ndim(self) -> int:
+        """The number of dimensions of the value."""
+        return len(self.dims)
+
+    @property
+    def size(self) -> int:
+        """The number of entries of the value."""
+        return math.prod(self.shape)
+
+    @property
+    def axes(self) -> Axes:
+        """All axes of the value, in order."""
+        return tuple(axis for group in self.dims for axis in group)
+
+    @property
+    def stand_in(self) -> Any:
+        """An array, or the likes of one, with the shape and type of the value, for tracing: no arithmetic is done."""
+        base = self.terms[0].operands[0]
+        same = len(self.terms[0].operands) == 1 and base.shape == self.shape and base.dtype == self.dtype
+        return base if same else jax.ShapeDtypeStruct(self.shape, self.dtype)
+
+    def add(self, network: Network) -> Factored:
+        """The value plus a network.
+
+        Raises:
+          ValueError: An operand's shape is not that of its axes.
+        """
+        for array, axes in zip(network.operands, network.axes, strict=True):
+            if tuple(array.shape) != tuple(axis.size for axis in axes):
+                named = ", ".join(f"{axis.name}: {axis.size}" for axis in axes)
+                raise ValueError(f"{self.path!r} {self.shape}: a factor of shape {array.shape} does not fit ({named})")
+        return dataclasses.replace(self, terms=(*self.terms, network))
+
+    def map(self, change: Callable[[jax.Array, Axes], tuple[jax.Array, Axes]]) -> Factored:
+        """The value with each operand of each network changed; for the dims, see `dataclasses.replace`."""
+        return dataclasses.replace(self, terms=tuple(term.map(change) for term in self.terms))
+
+    def times(self, array: jax.Array, axes: Axes) -> Factored:
+        """The value multiplied, element by element, by an array over some of its axes."""
+        return dataclasses.replace(self, terms=tuple(term.times(array, axes) for term in self.terms))
+
+    def split(self, axis: Axis, major: int) -> Factored:
+        """The value with one axis made two, the first of size `major`, in the dims and in each operand that carries it."""
+
+        def refine(axes: Axes) -> Axes:
+            return tuple(new for old in axes for new in (old.split(major) if old == axis else (old,)))
+
+        def change(array: jax.Array, axes: Axes) -> tuple[jax.Array, Axes]:
+            axes = refine(axes)
+            return reshape(array, tuple(a.size for a in axes)), axes
+
+        return dataclasses.replace(self.map(change), dims=tuple(refine(group) for group in self.dims))
+
+    def without_units(self) -> Factored:
+        """The value without axes of size 1; its dims of size 1 then have no axis at all."""
+
+        def keep(axes: Axes) -> Axes:
+            return tuple(axis for axis in axes if axis.size > 1)
+
+        def change(array: jax.Array, axes: Axes) -> tuple[jax.Array, Axes]:
+            return reshape(array, tuple(axis.size for axis in keep(axes))), keep(axes)
+
+        return dataclasses.replace(self.map(change), dims=tuple(keep(group) for group in self.dims))
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise FactoredError(
+            f"{self.path!r} {self.shape} holds W and ΔW apart and is no array: pass the tree that `attach` made as an "
+            "argument to a function lifted with `lift` (one that closes over it does not see it as an argument), or "
+            "use `merge` for plain weights"
+        )
+
+    __jax_array__ = __array__ = __getitem__ = __iter__ = __len__ = __float__ = __bool__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = _refuse
+    __matmul__ = __rmatmul__ = __pow__ = __lt__ = __gt__ = __le__ = __ge__ = _refuse
+    astype = reshape = transpose = sum = mean = dot = ravel = squeeze = _refuse
+    T = at = property(_refuse)
+
+
+def is_factored(leaf: Any) -> bool:
+    """Whether a leaf is Factored; made for `is_leaf=`."""
+    return isinstance(leaf, Factored)
+
+
+def weight_axes(shape: Sequence[int]) -> Axes:
+    """The axes of a leaf of this shape, each named by its number.
+
+    >>> weight_axes((512, 64))
+    (Axis(name='0', size=512, root=0), Axis(name='1', size=64, root=1))
+    """
+    return tuple(Axis(str(d), size, d) for d, size in enumerate(shape))
+
+
+def materialize(value: Factored) -> jax.Array:
+    """The whole weight W + ΔW, formed in the wider of the base's and the factors' dtypes and rounded once.
+
+    Args:
+      value: A Factored value of any shape.
+
+    Returns:
+      An array of `value.shape` and `value.dtype`.
+    """
+    wide = jnp.result_type(*(array.dtype for term in value.terms for array in term.operands))
+    wide = value.dtype if len(value.terms) == 1 else jnp.promote_types(value.dtype, wide)
+    terms = [contract(term.at(wide), value.axes, precision=lax.Precision.HIGHEST) for term in value.terms]
+    return reshape(functools.reduce(jnp.add, terms).astype(value.dtype), value.shape)

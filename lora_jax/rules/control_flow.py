@@ -1,0 +1,150 @@
+"""Calls, branches, loops and checkpoints: traced anew, with the Factored values' arrays as plain arguments.
+
+A Factored value is a pytree whose names are static, so each rule is JAX's own transform of the interpreter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax import compat
+from lora_jax.factored import Factored, Network, is_factored
+from lora_jax.lift import Interpreter, rule
+
+
+@rule("jit", "pjit")
+def jit(interpreter: Interpreter, eqn: Any, *operands: Any) -> list[Any]:
+    """A call stays a call, under its name and the shardings it was given."""
+
+    def call(*args: Any) -> list[Any]:
+        args = _constrain(args, eqn.params["in_shardings"])
+        return _constrain(interpreter.evaluate(eqn.params["jaxpr"], *args), eqn.params["out_shardings"])
+
+    call.__name__ = eqn.params["name"]
+    return jax.jit(call)(*operands)
+
+
+@rule("remat", "remat2", "checkpoint")
+def checkpoint(interpreter: Interpreter, eqn: Any, *operands: Any) -> list[Any]:
+    """Rematerialization keeps its policy."""
+    body = functools.partial(interpreter.evaluate, eqn.params["jaxpr"])
+    return jax.checkpoint(body, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])(*operands)
+
+
+@rule("cond")
+def cond(interpreter: Interpreter, eqn: Any, index: Any, *operands: Any) -> Any:
+    """Each branch is interpreted; a weight that is chosen by the condition itself has no factored form."""
+    branches = eqn.params["branches"]
+    if is_factored(index) or any(name != "branches" for name in eqn.params):
+        return NotImplemented
+    plain = [functools.partial(_arrays, interpreter, eqn, branch) for branch in branches]
+    return lax.switch(index, plain, *operands)
+
+
+@rule("while")
+def while_loop(interpreter: Interpreter, eqn: Any, *operands: Any) -> Any:
+    """Weights that the loop reads are its constants; one that it carries has no factored form."""
+    a, b = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    tests, consts, carry = operands[:a], operands[a : a + b], operands[a + b :]
+    carry = [interpreter.form(x, eqn) if is_factored(x) else x for x in carry]
+    return lax.while_loop(
+        lambda carry: interpreter.evaluate(eqn.params["cond_jaxpr"], *tests, *carry)[0],
+        lambda carry: _arrays(interpreter, eqn, eqn.params["body_jaxpr"], *consts, *carry),
+        carry,
+    )
+
+
+@rule("scan")
+def scan(interpreter: Interpreter, eqn: Any, *operands: Any) -> Any:
+    """Weights may be constants, or scanned over: then each operand that carries the leading axis is."""
+    a, b = compat.scan_counts(eqn.params)
+    consts, carry, xs = operands[:a], operands[a : a + b], operands[a + b :]
+    carry = [interpreter.form(x, eqn) if is_factored(x) else x for x in carry]
+    xs = [interpreter.form(x, eqn) if is_factored(x) and len(x.dims[0]) > 1 else x for x in xs]
+
+    def body(carry: list[Any], rows: list[Any]) -> tuple[list[Any], list[Any]]:
+        sliced = [_row(x, row) if is_factored(x) else row for x, row in zip(xs, rows, strict=True)]
+        out = _arrays(interpreter, eqn, eqn.params["jaxpr"], *consts, *carry, *sliced)
+        return out[:b], out[b:]
+
+    params = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
+    carry, ys = lax.scan(body, carry, [_stack(x) if is_factored(x) else x for x in xs], **params)
+    return [*carry, *ys]
+
+
+def _stack(weight: Factored) -> list[list[jax.Array | None]]:
+    """What a scan takes slices of: the operands that carry the leading axis, with that axis first."""
+    lead = weight.dims[0]
+    return [
+        [
+            jnp.moveaxis(array, axes.index(*lead), 0) if set(lead) & set(axes) else None
+            for array, axes in zip(term.operands, term.axes, strict=True)
+        ]
+        for term in weight.terms
+    ]
+
+
+def _row(weight: Factored, rows: list[list[jax.Array | None]]) -> Factored:
+    """One slice of a stacked weight: the slices of `_stack`, and the operands that do not carry the axis as they are."""
+    lead = weight.dims[0]
+    terms = tuple(
+        Network(
+            tuple(array if row is None else row for array, row in zip(term.operands, slices, strict=True)),
+            tuple(tuple(axis for axis in axes if axis not in lead) for axes in term.axes),
+            term.scale,
+        )
+        for term, slices in zip(weight.terms, rows, strict=True)
+    )
+    return dataclasses.replace(weight, terms=terms, dims=weight.dims[1:])
+
+
+@rule("custom_jvp_call")
+def custom_jvp(interpreter: Interpreter, eqn: Any, *operands: Any) -> list[Any]:
+    """The author's derivative stays in force: the tangent of W + AB is factored too, dA·B + A·dB."""
+
+    @jax.custom_jvp
+    def call(*operands: Any) -> list[Any]:
+        return _arrays(interpreter, eqn, eqn.params["call_jaxpr"], *operands)
+
+    def jvp(primals: Any, tangents: Any) -> Any:
+        consts = eqn.params["num_consts"]
+        pairs = list(zip(primals, tangents, strict=True))[consts:]
+        moved = [_tangent(x, dx) if is_factored(x) else compat.instantiate(dx) for x, dx in pairs]
+        jaxpr, out_zeros = compat.jvp_jaxpr(eqn, len(moved))
+        out = _arrays(interpreter, eqn, jaxpr, *(x for x, _ in pairs), *moved)
+        n, nonzero = len(out_zeros), iter(out[len(out_zeros) :])
+        return out[:n], [jnp.zeros_like(y) if zero else next(nonzero) for y, zero in zip(out, out_zeros, strict=False)]
+
+    call.defjvp(jvp, symbolic_zeros=True)
+    return call(*operands)
+
+
+def _tangent(weight: Factored, tangent: Factored) -> Factored:
+    """The product rule: one term for each operand that moves, with all others held."""
+    terms = tuple(
+        Network((*term.operands[:i], d_operands[i], *term.operands[i + 1 :]), term.axes, term.scale)
+        for term, d_term in zip(weight.terms, tangent.terms, strict=True)
+        for d_operands in [d_term.operands]
+        for i in range(len(term.operands))
+        if not compat.is_zero(d_operands[i])
+    )
+    return dataclasses.replace(weight, terms=terms)
+
+
+def _arrays(interpreter: Interpreter, eqn: Any, jaxpr: Any, *operands: Any) -> list[Any]:
+    """The results of a jaxpr as arrays, as branches and loop bodies must return them."""
+    return [interpreter.form(y, eqn) if is_factored(y) else y for y in interpreter.evaluate(jaxpr, *operands)]
+
+
+def _constrain(values: Any, shardings: Any) -> list[Any]:
+    """The values with those shardings imposed that were given."""
+    return [
+        lax.with_sharding_constraint(x, s) if isinstance(s, jax.sharding.Sharding) and not is_factored(x) else x
+        for x, s in zip(values, shardings, strict=True)
+    ]

@@ -1,0 +1,126 @@
+"""Parts of a weight: slices and indices along an axis touch the operands that carry it; a look-up makes activations."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.contract import Axes, Axis, contract, reshape
+from lora_jax.factored import Factored, is_factored
+from lora_jax.lift import Interpreter, rule
+
+
+def along(weight: Factored, axis: Axis, new: Axes, cut: Callable[[jax.Array, int], jax.Array]) -> Factored:
+    """The weight with `cut(operand, dimension)` done to each operand that carries `axis`, which `new` replaces."""
+
+    def renamed(axes: Axes) -> Axes:
+        return tuple(kept for old in axes for kept in (new if old == axis else (old,)))
+
+    def change(array: jax.Array, axes: Axes) -> tuple[jax.Array, Axes]:
+        return (cut(array, axes.index(axis)), renamed(axes)) if axis in axes else (array, axes)
+
+    return dataclasses.replace(weight.map(change), dims=tuple(renamed(group) for group in weight.dims))
+
+
+@rule("slice")
+def static_slice(_: Interpreter, eqn: Any, weight: Factored) -> Any:
+    """A slice with static bounds."""
+    starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * weight.ndim
+    sizes = eqn.outvars[0].aval.shape
+
+    def cut(d: int) -> Callable[[jax.Array, int], jax.Array]:
+        return lambda array, dim: lax.slice_in_dim(array, starts[d], limits[d], strides[d], dim)
+
+    return _slice(weight, sizes, cut)
+
+
+@rule("dynamic_slice")
+def dynamic_slice(_: Interpreter, eqn: Any, weight: Any, *starts: Any) -> Any:
+    """A slice with traced bounds, such as one layer of a stack."""
+
+    def cut(d: int) -> Callable[[jax.Array, int], jax.Array]:
+        return lambda array, dim: lax.dynamic_slice_in_dim(array, starts[d], sizes[d], dim)
+
+    sizes = eqn.params["slice_sizes"]
+    return _slice(weight, sizes, cut)
+
+
+def _slice(weight: Factored, sizes: tuple[int, ...], cut: Callable[[int], Callable[[jax.Array, int], jax.Array]]) -> Any:
+    for d, (group, size, old) in enumerate(zip(weight.dims, sizes, weight.shape, strict=True)):
+        if size == old:
+            continue
+        if len(group) != 1:
+            return NotImplemented
+        weight = along(weight, group[0], (group[0]._replace(size=size),), cut(d))
+    return weight
+
+
+@rule("gather")
+def gather(interpreter: Interpreter, eqn: Any, weight: Any, indices: Any) -> Any:
+    """Rows picked along one dimension: a layer or an expert of a stack, or tokens looked up in an embedding.
+
+    Each operand that carries the dimension's axis is gathered from. What is left is a weight as long as no factor has
+    all of its dimensions; once one does, as B has of an embedding's rows, it is an activation, and evaluated.
+    """
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    if not is_factored(weight) or is_factored(indices) or len(numbers.start_index_map) != 1:
+        return NotImplemented
+    (picked,) = numbers.start_index_map
+    whole = all(s == n for d, (s, n) in enumerate(zip(sizes, weight.shape, strict=True)) if d != picked)
+    if numbers.collapsed_slice_dims != (picked,) or numbers.operand_batching_dims or not whole:
+        return NotImplemented
+    if len(weight.dims[picked]) != 1:
+        return NotImplemented
+    (axis,) = weight.dims[picked]
+    rows = tuple(Axis(f"{axis.name}@{i}", size) for i, size in enumerate(indices.shape[:-1]))
+
+    def pick(array: jax.Array, dim: int) -> jax.Array:
+        others = [d for d in range(array.ndim) if d != dim]
+        lead = len(rows)
+        picks = lax.gather(
+            array,
+            indices,
+            lax.GatherDimensionNumbers(
+                offset_dims=tuple(d if d < dim else d + lead - 1 for d in others),
+                collapsed_slice_dims=(dim,),
+                start_index_map=(dim,),
+            ),
+            slice_sizes=tuple(1 if d == dim else n for d, n in enumerate(array.shape)),
+            unique_indices=eqn.params["unique_indices"],
+            indices_are_sorted=eqn.params["indices_are_sorted"],
+            mode=eqn.params["mode"],
+            fill_value=eqn.params["fill_value"],
+        )
+        return picks
+
+    value = along(weight, axis, rows, pick)
+    kept = [group for d, group in enumerate(weight.dims) if d != picked]
+    spread = iter((row,) for row in rows)
+    groups = iter(kept)
+    ndim = eqn.outvars[0].aval.ndim
+    value = dataclasses.replace(
+        value, dims=tuple(next(groups if d in numbers.offset_dims else spread) for d in range(ndim))
+    )
+    left = frozenset(axis for group in kept for axis in group)
+    if not _is_looked_up(value, left, rows):
+        return value
+    interpreter.record(weight, eqn, "embedding", (axis,), tuple(left))
+    terms = [contract(term.at(value.dtype), value.axes, whole=frozenset(weight.axes)) for term in value.terms]
+    return reshape(functools.reduce(jnp.add, terms), value.shape)
+
+
+def _is_looked_up(value: Factored, left: frozenset[Axis], rows: Axes) -> bool:
+    """Whether picked rows are activations: some factor has all the weight's axes that are left.
+
+    Of a leaf without factors, which is being traced for its uses, rows are activations if they are vectors.
+    """
+    if len(value.terms) == 1:
+        return bool(rows) and len(left) <= 1
+    return all(any(left.issubset(axes) for axes in term.axes) for term in value.terms[1:])

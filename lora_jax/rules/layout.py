@@ -1,0 +1,83 @@
+"""Views of a weight: transposes, reshapes, casts. The dims change; the factors stay as they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.contract import Axes, Axis, size_of
+from lora_jax.factored import Factored
+from lora_jax.lift import Interpreter, rule
+
+
+@rule("transpose")
+def transpose(_: Interpreter, eqn: Any, weight: Factored) -> Factored:
+    """The dims change places."""
+    return dataclasses.replace(weight, dims=tuple(weight.dims[d] for d in eqn.params["permutation"]))
+
+
+@rule("reshape")
+def reshape(_: Interpreter, eqn: Any, weight: Factored) -> Any:
+    """Dims merge by joining their axes; a dim splits by splitting an axis in each operand that carries it."""
+    if eqn.params["dimensions"] is not None or weight.size == 0:
+        return NotImplemented
+    weight = weight.without_units()
+    queue, dims = list(weight.axes), list[Axes]()
+    for size in eqn.params["new_sizes"]:
+        group: list[Axis] = []
+        while size_of(group) < size:
+            axis = queue.pop(0)
+            need, rest = divmod(size, size_of(group))
+            if rest or (axis.size % need and need % axis.size):
+                return NotImplemented
+            if axis.size > need:
+                weight = weight.split(axis, need)
+                axis, minor = axis.split(need)
+                queue.insert(0, minor)
+            group.append(axis)
+        dims.append(tuple(group))
+    return dataclasses.replace(weight, dims=tuple(dims))
+
+
+@rule("squeeze")
+def squeeze(_: Interpreter, eqn: Any, weight: Factored) -> Factored:
+    """Dims of size 1 go."""
+    return _without(weight.without_units(), eqn.params["dimensions"])
+
+
+def _without(weight: Factored, dimensions: tuple[int, ...]) -> Factored:
+    dims = tuple(group for d, group in enumerate(weight.dims) if d not in dimensions)
+    return dataclasses.replace(weight, dims=dims)
+
+
+@rule("broadcast_in_dim")
+def broadcast_in_dim(_: Interpreter, eqn: Any, weight: Factored) -> Factored:
+    """A new dim is an axis that no operand carries; so is one of size 1 that grows."""
+    shape, positions = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    weight, old = weight.without_units(), weight.shape
+    taken = {axis.name for axes in weight.terms[0].axes for axis in axes} | {axis.name for axis in weight.axes}
+    fresh = (name for i in range(len(taken) + len(shape)) if (name := f"new{i}") not in taken)
+    dims: list[Axes] = [(Axis(next(fresh), size),) if size > 1 else () for size in shape]
+    for group, size, position in zip(weight.dims, old, positions, strict=True):
+        if size == shape[position]:
+            dims[position] = group
+    return dataclasses.replace(weight, dims=tuple(dims))
+
+
+@rule("convert_element_type")
+def convert_element_type(_: Interpreter, eqn: Any, weight: Factored) -> Any:
+    """A cast to another floating dtype casts each factor."""
+    dtype = jnp.dtype(eqn.params["new_dtype"])
+    if not (jnp.issubdtype(dtype, jnp.floating) and jnp.issubdtype(weight.dtype, jnp.floating)):
+        return NotImplemented
+    weight = weight.map(lambda array, axes: (lax.convert_element_type(array, dtype), axes))
+    return dataclasses.replace(weight, dtype=dtype)
+
+
+@rule("copy", "copy_p", "stop_gradient", "name")
+def identity(_: Interpreter, eqn: Any, weight: Factored) -> Factored:
+    """What leaves the value as it is happens to each factor."""
+    return weight.map(lambda array, axes: (eqn.primitive.bind(array, **eqn.params), axes))

@@ -1,0 +1,106 @@
+"""`sites`: trace a function once, abstractly, to see how it uses each leaf of its parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from lora_jax import tree
+from lora_jax.contract import Axes
+from lora_jax.factored import Factored, weight_axes
+from lora_jax.lift import Interpreter, Use
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """How a function uses a leaf: which of its dimensions are stacked, summed over, and in the result.
+
+    Attributes:
+      shape: The leaf's shape.
+      kind: "linear", "conv", "embedding", "other" (the whole array is needed), or "unused".
+      batch_axes: Dimensions of stacked layers or experts: each has a low-rank ΔW of its own.
+      in_axes: Dimensions that are summed over (or, of an embedding, looked up).
+      out_axes: Dimensions that the result has.
+      uses: Every use, in program order; a tied embedding has two. The first that is not "other" gives kind and axes.
+    """
+
+    shape: tuple[int, ...]
+    kind: str
+    batch_axes: tuple[int, ...] = ()
+    in_axes: tuple[int, ...] = ()
+    out_axes: tuple[int, ...] = ()
+    uses: tuple[Use, ...] = ()
+
+    @property
+    def adaptable(self) -> bool:
+        """Whether the leaf has an in and an out side for a low-rank ΔW to connect."""
+        return bool(self.in_axes and self.out_axes)
+
+    def axes(self) -> tuple[Axes, Axes, Axes]:
+        """The named axes of the batch, in and out dimensions, for a variant's network."""
+        named = weight_axes(self.shape)
+        groups = (self.batch_axes, self.in_axes, self.out_axes)
+        batch, inner, outer = (tuple(named[d] for d in group) for group in groups)
+        return batch, inner, outer
+
+    def sizes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The sizes of the batch, in and out dimensions.
+
+        >>> Site((12, 512, 8, 64), "linear", (0,), (1,), (2, 3)).sizes()
+        ((12,), (512,), (8, 64))
+        """
+        batch, inner, outer = (tuple(axis.size for axis in group) for group in self.axes())
+        return batch, inner, outer
+
+
+def sites(fun: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> dict[str, Site]:
+    """What each leaf of `params` is to `fun(params, *args, **kwargs)`, by path.
+
+    Found by tracing, not by names: nothing is computed, and `jax.ShapeDtypeStruct` may stand for any array, so a model
+    of any size can be looked at without its weights.
+
+    Args:
+      fun: The function that will be lifted: a model's forward pass, or a loss.
+      params: Its first argument, a pytree.
+      *args: Its other arguments, as it takes them.
+      **kwargs: Likewise.
+
+    Returns:
+      A dict from path to `Site`, for each leaf that is an array, in the order of the tree.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"table": jnp.ones((10, 4)), "w": jnp.ones((2, 4, 3)), "b": jnp.ones(3)}
+    >>> def model(params, tokens):
+    ...     return params["table"][tokens] @ params["w"][0] + params["b"]
+    >>> for path, site in sites(model, params, jnp.arange(5)).items():
+    ...     print(path, site.kind, site.batch_axes, site.in_axes, site.out_axes)
+    b other () () ()
+    table embedding () (0,) (1,)
+    w linear (0,) (1,) (2,)
+    """
+    leaves, treedef = tree.flatten(params)
+    weights = {path: leaf for path, leaf in leaves.items() if tree.is_array(leaf)}
+    rest, rest_treedef = jax.tree.flatten((args, kwargs))
+    absent = {i: leaf for i, leaf in enumerate(rest) if isinstance(leaf, jax.ShapeDtypeStruct)}
+    interpreter = Interpreter(allow=True)
+
+    def trace(weights: dict[str, Any], present: dict[int, Any]) -> None:
+        probes = {path: Factored.of(array, path) for path, array in weights.items()}
+        args, kwargs = jax.tree.unflatten(rest_treedef, [present.get(i, leaf) for i, leaf in enumerate(rest)])
+        interpreter.run(fun, (tree.unflatten(treedef, {**leaves, **probes}), *args), kwargs)
+
+    jax.eval_shape(trace, weights, absent)
+    return {path: _site(tuple(leaf.shape), interpreter.uses.get(path, ())) for path, leaf in weights.items()}
+
+
+def _site(shape: tuple[int, ...], uses: Sequence[Use]) -> Site:
+    adaptable = [use for use in uses if use.in_axes and set(use.out_axes) - set(use.in_axes)]
+    if not adaptable:
+        return Site(shape, "other" if uses else "unused", uses=tuple(uses))
+    use = adaptable[0]
+    outer = tuple(d for d in use.out_axes if d not in use.in_axes)
+    batch = tuple(d for d in range(len(shape)) if d not in (*use.in_axes, *outer))
+    return Site(shape, use.kind, batch, use.in_axes, outer, tuple(uses))

@@ -1,0 +1,116 @@
+"""What a variant is: a frozen dataclass that says how ΔW is made and which of its factors train."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+
+from lora_jax.contract import Axis
+from lora_jax.factored import Factored, Network
+from lora_jax.sites import Site
+
+Factors = dict[str, jax.Array]
+
+RANK = "rank"
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """The base class of variants. A new one is a frozen dataclass in a file of its own, with
+    `initial`, `delta` and `labels`.
+
+    Its fields are the variant's hyperparameters: numbers and strings, so that a file can hold them; those that only
+    say how factors begin are declared with `dataclasses.field(compare=False)`.
+
+    Attributes:
+      invertible: Whether `unmerge` can take ΔW out of merged weights again.
+      needs_axes: Whether the variant needs to know a leaf's in and out axes.
+      registry: All variants by name, which is what a saved file knows them by.
+    """
+
+    registry: ClassVar[dict[str, type[Variant]]] = {}
+    invertible: ClassVar[bool] = True
+    needs_axes: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.registry[cls.__name__] = cls
+
+    def at(
+        self,
+        *,
+        in_axes: int | Sequence[int],
+        out_axes: int | Sequence[int],
+        batch_axes: int | Sequence[int] = (),
+    ) -> Placed:
+        """The variant with the axes of the leaf it is for: which dimensions are in, out and stacked.
+
+        Args:
+          in_axes: Dimensions of the leaf that the function sums over (or, of an embedding, looks up).
+          out_axes: Dimensions of the leaf that its result has.
+          batch_axes: Dimensions that are stacked: layers, experts.
+
+        >>> import lora_jax as lora
+        >>> lora.LoRA(rank=8).at(in_axes=0, out_axes=(1, 2)).out_axes
+        (1, 2)
+        """
+        groups = [(group,) if isinstance(group, int) else tuple(group) for group in (batch_axes, in_axes, out_axes)]
+        return Placed(self, *groups)
+
+    def initial(self, key: jax.Array, weight: Any, site: Site) -> tuple[Any, Factors]:
+        """What stays frozen at the leaf (the weight itself, for most), and the factors to start from.
+
+        Args:
+          key: A key of this leaf's own.
+          weight: The leaf, an array of `site.shape`.
+          site: Which of its dimensions are batch, in and out.
+
+        Raises:
+          ValueError: The variant does not suit the site. `split` puts the path in front of the message.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how its factors begin")
+
+    def delta(self, factors: Factors, site: Site) -> Network:
+        """ΔW as an unevaluated network over `site.axes()` and axes of its own."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its ΔW is")
+
+    def apply(self, base: Factored, factors: Factors, site: Site) -> Factored | jax.Array:
+        """What `attach` puts at the leaf: base + ΔW."""
+        return base.add(self.delta(factors, site))
+
+    def labels(self) -> dict[str, str]:
+        """For each factor, the label that `optimizer` knows it by; "frozen" for one that does not train."""
+        raise NotImplementedError(f"{type(self).__name__} does not say which of its factors train")
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """A variant with explicit axes, as `Variant.at` makes it."""
+
+    variant: Variant
+    batch_axes: tuple[int, ...]
+    in_axes: tuple[int, ...]
+    out_axes: tuple[int, ...]
+
+    def site(self, path: str, shape: tuple[int, ...], kind: str) -> Site:
+        """The site of a leaf of this shape.
+
+        Raises:
+          ValueError: The axes do not name each dimension once, or one side has none.
+        """
+        groups = (self.batch_axes, self.in_axes, self.out_axes)
+        batch, inner, outer = (tuple(d + len(shape) if d < 0 else d for d in group) for group in groups)
+        if sorted((*batch, *inner, *outer)) != list(range(len(shape))) or not (inner and outer):
+            raise ValueError(
+                f"{path!r} has shape {shape}, but the rule's axes are batch {batch}, in {inner}, out {outer}: each "
+                "dimension belongs to one of them, and neither in nor out is empty"
+            )
+        return Site(shape, "linear" if kind == "other" else kind, batch, inner, outer)
+
+
+def rank_axis(rank: int) -> Axis:
+    """The axis that a network's factors share, and the weight does not have."""
+    return Axis(RANK, rank)

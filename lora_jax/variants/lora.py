@@ -1,0 +1,84 @@
+"""LoRA: ΔW = s·A·B, with s = alpha / rank, or alpha / √rank."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.factored import Network
+from lora_jax.sites import Site
+from lora_jax.variants.base import Factors, Variant, rank_axis
+from lora_jax.variants.initializers import initializer
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA(Variant):
+    """Low-rank adaptation: y = x·W + s·(x·A)·B, with W frozen, A random and B zero at the start.
+
+    A has the weight's batch axes, its in axes and the rank; B the batch axes, the rank and the out axes: of a kernel
+    (in, out), A is (in, rank) and B is (rank, out). Both are kept in `dtype`, and cast at use to the dtype that the
+    function computes in.
+
+    Args:
+      rank: The number of columns of A and rows of B; at least 1, at most the smaller side of the weight.
+      alpha: The scale's numerator; None for `rank`, that is a scale of 1 (or √rank).
+      scaling: "standard", s = alpha / rank, or "rank_stabilized", s = alpha / √rank.
+      init: How A begins: "normal", of variance 1 / inputs; "uniform", U(±1/√inputs), as PEFT draws it; or a function
+        `(key, shape, dtype) -> array`. An embedding's A, whose rows are picked and not summed, counts `rank` inputs.
+      dtype: The dtype of A and B.
+
+    Raises:
+      ValueError: For a rank below 1, an alpha that is 0 or not finite, an unknown scaling or dtype.
+
+    Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685; Kalajdzievski 2023, https://arxiv.org/abs/2312.03732.
+
+    >>> LoRA(rank=8, alpha=16).scale
+    2.0
+    """
+
+    rank: int
+    alpha: float | None = None
+    scaling: Literal["standard", "rank_stabilized"] = "standard"
+    init: str | Callable[..., jax.Array] = dataclasses.field(default="normal", compare=False)
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.rank != int(self.rank) or self.rank < 1:
+            raise ValueError(f"LoRA(rank={self.rank}): the rank is a whole number, 1 or more")
+        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha):
+            raise ValueError(f"LoRA(alpha={self.alpha}): alpha is a finite number other than 0, or None for the rank")
+        if self.scaling not in ("standard", "rank_stabilized"):
+            raise ValueError(f"LoRA(scaling={self.scaling!r}): the scaling is 'standard' or 'rank_stabilized'")
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
+
+    @property
+    def scale(self) -> float:
+        """The number s that multiplies A·B."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.scaling == "rank_stabilized" else self.rank)
+
+    def initial(self, key: jax.Array, weight: Any, site: Site) -> tuple[Any, Factors]:
+        """A random and B zero; the weight stays as it is."""
+        batch, inner, outer = site.sizes()
+        limit = min(math.prod(inner), math.prod(outer))
+        if self.rank > limit:
+            raise ValueError(f"rank {self.rank} is above {limit}, the smaller of the in and out sizes {inner}, {outer}")
+        fan_in = self.rank if site.kind == "embedding" else math.prod(inner)
+        draw = self.init if callable(self.init) else initializer(self.init, fan_in)
+        a = jnp.asarray(draw(key, (*batch, *inner, self.rank), self.dtype), self.dtype)
+        return weight, {"A": a, "B": jnp.zeros((*batch, self.rank, *outer), self.dtype)}
+
+    def delta(self, factors: Factors, site: Site) -> Network:
+        """`ir,ro->io`, times the scale; batch axes are A's and B's both."""
+        batch, inner, outer = site.axes()
+        rank = (rank_axis(self.rank),)
+        return Network((factors["A"], factors["B"]), (batch + inner + rank, batch + rank + outer), self.scale)
+
+    def labels(self) -> dict[str, str]:
+        """Two labels, "A" and "B"."""
+        return {"A": "A", "B": "B"}
