@@ -3,9 +3,38 @@
 from lora_jax import rules as _rules  # noqa: F401  (registers the rules)
 from lora_jax.adapters import Adapter, attach, merge, split, unmerge
 from lora_jax.factored import Factored, FactoredError, Network, materialize
+from lora_jax.formats.native import load, save
 from lora_jax.lift import Interpreter, MaterializeError, UnusedError, Use, lift, rule
 from lora_jax.optim import optimizer
 from lora_jax.sites import Site, sites
+from lora_jax.summary import Summary, summary
 from lora_jax.variants import Full, LoRA, Variant
 
+__all__ = [
+    "Adapter",
+    "Factored",
+    "FactoredError",
+    "Full",
+    "Interpreter",
+    "LoRA",
+    "MaterializeError",
+    "Network",
+    "Site",
+    "Summary",
+    "UnusedError",
+    "Use",
+    "Variant",
+    "attach",
+    "lift",
+    "load",
+    "materialize",
+    "merge",
+    "optimizer",
+    "rule",
+    "save",
+    "sites",
+    "split",
+    "summary",
+    "unmerge",
+]
 __version__ = "0.1.0"

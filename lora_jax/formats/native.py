@@ -1,0 +1,122 @@
+"""The library's own adapter file: one safetensors file, its metadata JSON; no pickle, written at once or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from safetensors import SafetensorError, safe_open
+from safetensors.flax import save as serialize
+
+from lora_jax.adapters import Adapter
+from lora_jax.factored import Factored
+from lora_jax.sites import Site
+from lora_jax.variants.base import Variant
+
+FORMAT = 1
+
+
+def save(path: str | os.PathLike[str], lora_params: Mapping[str, Adapter]) -> Path:
+    """Writes adapters to one safetensors file: tensors named `path:factor`, variants and axes in its metadata.
+
+    The file appears whole or not at all, and the same adapters give the same bytes.
+
+    Args:
+      path: The file to write; one that is there is replaced. Its folder must exist.
+      lora_params: Adapters, of any dtypes.
+
+    Returns:
+      The path.
+
+    Raises:
+      ValueError: There is nothing to save.
+      OSError: The file cannot be written.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> _, lora_params = lora.split(jax.random.key(0), {"w": jnp.ones((8, 4))}, {"w": lora.LoRA(rank=2)})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     lora.load(lora.save(f"{folder}/adapter.safetensors", lora_params))["w"].variant
+    LoRA(rank=2, alpha=None, scaling='standard', init='normal', dtype='float32')
+    """
+    if not lora_params:
+        raise ValueError(f"{path}: lora_params is empty, so there is nothing to save")
+    path = Path(path)
+    tensors = {f"{p}:{name}": array for p, a in lora_params.items() for name, array in a.factors.items()}
+    described = {"format": FORMAT, "adapters": {p: _describe(adapter) for p, adapter in lora_params.items()}}
+    # One entry alone: safetensors writes several in no fixed order.
+    content = serialize(tensors, {"lora_jax": json.dumps(described, sort_keys=True)})
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Adapter]:
+    """Reads what `save` wrote: the same bits.
+
+    Args:
+      path: The file.
+
+    Returns:
+      `lora_params`, by path.
+
+    Raises:
+      FileNotFoundError: There is no such file.
+      ValueError: It is no adapter file, is damaged, holds a variant that is not known here, or tensors that do not fit
+        their description.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such adapter file")
+    try:
+        with safe_open(path, framework="flax") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: no whole safetensors file ({error})") from error
+    if "lora_jax" not in metadata:
+        raise ValueError(f"{path}: a safetensors file, but not one that lora_jax.save wrote: its metadata is missing")
+    described = json.loads(metadata["lora_jax"])
+    if described["format"] != FORMAT:
+        raise ValueError(f"{path}: format {described['format']}, and this version reads format {FORMAT}: update lora_jax")
+    lora_params = {p: _restore(path, p, entry, tensors) for p, entry in sorted(described["adapters"].items())}
+    if tensors:
+        raise ValueError(f"{path}: tensors that belong to no adapter: {', '.join(sorted(tensors)[:5])}")
+    return lora_params
+
+
+def _describe(adapter: Adapter) -> dict[str, Any]:
+    fields = {f.name: getattr(adapter.variant, f.name) for f in dataclasses.fields(adapter.variant) if f.compare}
+    site = {name: getattr(adapter.site, name) for name in ("shape", "kind", "batch_axes", "in_axes", "out_axes")}
+    return {"variant": type(adapter.variant).__name__, "fields": fields, "site": site}
+
+
+def _restore(file: Path, path: str, entry: dict[str, Any], tensors: dict[str, Any]) -> Adapter:
+    """One adapter, its tensors taken out of `tensors` and checked against its variant and its site."""
+    name = entry["variant"]
+    if name not in Variant.registry:
+        known = ", ".join(sorted(Variant.registry))
+        raise ValueError(f"{file}: {path!r} is a {name}, and known are {known}: import the module that defines {name}")
+    try:
+        variant = Variant.registry[name](**entry["fields"])
+        site = Site(**{key: tuple(v) if isinstance(v, list) else v for key, v in entry["site"].items()})
+        factors = {factor: tensors.pop(f"{path}:{factor}") for factor in variant.labels()}
+        # Raises where a factor's shape is not what the variant makes of the site's.
+        variant.apply(Factored.of(jax.ShapeDtypeStruct(site.shape, "float32"), path), factors, site)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: the adapter at {path!r} does not fit its description: {error}") from error
+    return Adapter(factors, variant, site)

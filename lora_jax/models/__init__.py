@@ -1,0 +1,1 @@
+"""Readable Flax models that load Hugging Face checkpoints, one file per architecture."""
