@@ -20,8 +20,10 @@ def mean_pool(hidden: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """
     if mask is None:
         return hidden.mean(axis=1)
-    weights = mask.astype(hidden.dtype)[:, :, None]
-    return (hidden * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1)
+    wide = hidden.dtype if hidden.dtype.itemsize >= 4 else jnp.float32  # bfloat16 cannot count to 300
+    weights = mask.astype(wide)[:, :, None]
+    mean = (hidden.astype(wide) * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), 1)
+    return mean.astype(hidden.dtype)
 
 
 class Classifier(nn.Module):
@@ -58,6 +60,6 @@ def add_head(key: jax.Array, encoder: Bert, params: Any, labels: int) -> tuple[C
     (1, 3)
     """
     encoder = encoder.clone(config=dataclasses.replace(encoder.config, pooler=False))
-    head = encoder.dense(labels, "head").init(key, jnp.zeros((1, encoder.config.hidden_size)))
+    head = encoder.dense(labels, "head").init(key, jnp.zeros((1, encoder.config.hidden_size), encoder.param_dtype))
     kept = {name: value for name, value in params["params"].items() if name != "pooler"}
     return Classifier(encoder, labels), {"params": {"encoder": kept, "head": head["params"]}}
