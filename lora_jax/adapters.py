@@ -192,9 +192,7 @@ def _check_finite(results: Mapping[str, Any], before: Mapping[str, Any]) -> None
         )
 
 
-def _chosen(
-    rules: Rules, arrays: Mapping[str, Any], sites: Mapping[str, Site] | None
-) -> dict[str, Variant | Placed]:
+def _chosen(rules: Rules, arrays: Mapping[str, Any], sites: Mapping[str, Site] | None) -> dict[str, Variant | Placed]:
     """The variant of each adapted path."""
     if callable(rules):
         known = {path: (sites or {}).get(path, _by_shape(leaf)) for path, leaf in arrays.items()}
@@ -203,7 +201,9 @@ def _chosen(
         answers = {path: rules[pattern] for path, pattern in _first_matches(rules, arrays).items()}
     for path, answer in answers.items():
         if not isinstance(answer, Variant | Placed | None):
-            raise ValueError(f"the rule for {path!r} gives {answer!r}, which is no variant: give one, such as LoRA(rank=8)")
+            raise ValueError(
+                f"the rule for {path!r} gives {answer!r}, which is no variant: give one, such as LoRA(rank=8)"
+            )
     return {path: answer for path, answer in answers.items() if answer is not None}
 
 
@@ -233,9 +233,7 @@ def _first_matches(rules: Mapping[str, Any], paths: Iterable[str]) -> dict[str, 
     return first
 
 
-def _placed(
-    path: str, chosen: Variant | Placed, leaf: Any, sites: Mapping[str, Site] | None
-) -> tuple[Variant, Site]:
+def _placed(path: str, chosen: Variant | Placed, leaf: Any, sites: Mapping[str, Site] | None) -> tuple[Variant, Site]:
     """The variant and the site of one adapted leaf, once both are known to make sense."""
     shape = tuple(leaf.shape)
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -251,7 +249,9 @@ def _placed(
         variant, site = chosen.variant, chosen.site(path, shape, site.kind)
     if variant.needs_axes and not site.adaptable:
         if sites is None:
-            remedy = "pass sites=lora.sites(fun, params, ...), or give the axes in the rule: .at(in_axes=..., out_axes=...)"
+            remedy = (
+                "pass sites=lora.sites(fun, params, ...), or give the axes in the rule: .at(in_axes=..., out_axes=...)"
+            )
             raise ValueError(f"{path!r} has shape {shape}, and only a matrix is (in, out) by itself: {remedy}")
         use = site.uses[0]
         raise ValueError(

@@ -42,7 +42,6 @@ def contract(
     out: Axes,
     *,
     whole: Set[Axis] = frozenset(),
-    flat: bool = True,
     precision: Any = None,
     preferred_element_type: Any = None,
 ) -> jax.Array:
@@ -52,7 +51,6 @@ def contract(
       operands: Arrays with the axes of their dimensions; where there is an activation, it comes first.
       out: The axes of the result; one that no operand carries is broadcast.
       whole: The axes of the weight, which no product of factors alone may carry together.
-      flat: Whether each operand is first brought to two dimensions (three with a batch), summed and free.
       precision: As in `jax.lax.dot_general`.
       preferred_element_type: As in `jax.lax.dot_general`.
 
@@ -65,7 +63,7 @@ def contract(
         keep = frozenset(out).union(*(axes for _, axes in live))
         # Only the last product leaves the computation's dtype, so that none of the others is a wider one than it need be.
         dtype = None if live else preferred_element_type
-        live.insert(i, _product(left, right, keep, flat, precision, dtype))
+        live.insert(i, _product(left, right, keep, precision, dtype))
     return _arrange(*live[0], out)
 
 
@@ -106,7 +104,7 @@ def _sum_out(array: jax.Array, axes: Axes, out: Axes, others: Sequence[tuple[jax
 
 
 def _product(
-    left: tuple[jax.Array, Axes], right: tuple[jax.Array, Axes], keep: Set[Axis], flat: bool, precision: Any, dtype: Any
+    left: tuple[jax.Array, Axes], right: tuple[jax.Array, Axes], keep: Set[Axis], precision: Any, dtype: Any
 ) -> tuple[jax.Array, Axes]:
     """The product of two operands over their shared axes that are not in `keep`."""
     (a, a_axes), (b, b_axes) = left, right
@@ -118,26 +116,11 @@ def _product(
     if not summed:  # nothing to sum: an element-wise product, with broadcasting
         out = (*a_axes, *b_free)
         return _arrange(a, a_axes, out) * _arrange(b, b_axes, out), out
-    lay_out = _flatten if flat else _locate
-    a, a_dims = lay_out(a, a_axes, (batch, summed, a_free))
-    b, b_dims = lay_out(b, b_axes, (batch, summed, b_free))
-    dims = ((a_dims[1], b_dims[1]), (a_dims[0], b_dims[0]))
-    y = lax.dot_general(a, b, dims, precision=precision, preferred_element_type=dtype)
+    dims = tuple(
+        tuple(tuple(axes.index(axis) for axis in group) for axes in (a_axes, b_axes)) for group in (summed, batch)
+    )
     out = (*batch, *a_free, *b_free)
-    return reshape(y, tuple(axis.size for axis in out)), out
-
-
-def _locate(array: jax.Array, axes: Axes, groups: Sequence[Axes]) -> tuple[jax.Array, list[tuple[int, ...]]]:
-    """The dimensions of each group of axes."""
-    return array, [tuple(axes.index(axis) for axis in group) for group in groups]
-
-
-def _flatten(array: jax.Array, axes: Axes, groups: Sequence[Axes]) -> tuple[jax.Array, list[tuple[int, ...]]]:
-    """The array with each group of axes made one dimension (none for an empty group), transposed only if it must be."""
-    blocks = sorted((group for group in groups if group), key=lambda group: min(axes.index(axis) for axis in group))
-    array = transpose(array, [axes.index(axis) for block in blocks for axis in block])
-    array = reshape(array, tuple(size_of(block) for block in blocks))
-    return array, [(blocks.index(group),) if group else () for group in groups]
+    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=dtype), out
 
 
 def _arrange(array: jax.Array, axes: Axes, out: Axes) -> jax.Array:

@@ -127,7 +127,7 @@ class Interpreter:
             mib = value.size * np.dtype(value.dtype).itemsize / 2**20
             raise MaterializeError(
                 f"{value.path!r} {value.shape} reaches {eqn.primitive.name!r} at {compat.where(eqn)}, which needs the "
-                f"whole matrix W + ΔW ({mib:.2g} MiB). Pass materialize=\"allow\" to lift() if that is what you want, "
+                f'whole matrix W + ΔW ({mib:.2g} MiB). Pass materialize="allow" to lift() if that is what you want, '
                 "or leave this path out of the rules."
             )
         return materialize(value)

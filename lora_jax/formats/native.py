@@ -92,7 +92,9 @@ def load(path: str | os.PathLike[str]) -> dict[str, Adapter]:
         raise ValueError(f"{path}: a safetensors file, but not one that lora_jax.save wrote: its metadata is missing")
     described = json.loads(metadata["lora_jax"])
     if described["format"] != FORMAT:
-        raise ValueError(f"{path}: format {described['format']}, and this version reads format {FORMAT}: update lora_jax")
+        raise ValueError(
+            f"{path}: format {described['format']}, and this version reads format {FORMAT}: update lora_jax"
+        )
     lora_params = {p: _restore(path, p, entry, tensors) for p, entry in sorted(described["adapters"].items())}
     if tensors:
         raise ValueError(f"{path}: tensors that belong to no adapter: {', '.join(sorted(tensors)[:5])}")

@@ -55,4 +55,3 @@ def _low_rank(eqn: Any, x: jax.Array, kernel: Factored, term: Network, inner: fr
     out = eqn.outvars[0].aval
     product = contract([(y, flat_in), *mix], flat_out, precision=eqn.params["precision"])
     return reshape(product, out.shape).astype(out.dtype)
-

@@ -52,7 +52,9 @@ def dynamic_slice(_: Interpreter, eqn: Any, weight: Any, *starts: Any) -> Any:
     return _slice(weight, sizes, cut)
 
 
-def _slice(weight: Factored, sizes: tuple[int, ...], cut: Callable[[int], Callable[[jax.Array, int], jax.Array]]) -> Any:
+def _slice(
+    weight: Factored, sizes: tuple[int, ...], cut: Callable[[int], Callable[[jax.Array, int], jax.Array]]
+) -> Any:
     for d, (group, size, old) in enumerate(zip(weight.dims, sizes, weight.shape, strict=True)):
         if size == old:
             continue
@@ -69,51 +71,50 @@ def gather(interpreter: Interpreter, eqn: Any, weight: Any, indices: Any) -> Any
     Each operand that carries the dimension's axis is gathered from. What is left is a weight as long as no factor has
     all of its dimensions; once one does, as B has of an embedding's rows, it is an activation, and evaluated.
     """
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    if not is_factored(weight) or is_factored(indices) or len(numbers.start_index_map) != 1:
+    picked = _picked(eqn, weight, indices)
+    if picked is None:
         return NotImplemented
-    (picked,) = numbers.start_index_map
-    whole = all(s == n for d, (s, n) in enumerate(zip(sizes, weight.shape, strict=True)) if d != picked)
-    if numbers.collapsed_slice_dims != (picked,) or numbers.operand_batching_dims or not whole:
-        return NotImplemented
-    if len(weight.dims[picked]) != 1:
-        return NotImplemented
-    (axis,) = weight.dims[picked]
+    numbers, (axis,) = eqn.params["dimension_numbers"], weight.dims[picked]
+    column = numbers.start_index_map.index(picked)
     rows = tuple(Axis(f"{axis.name}@{i}", size) for i, size in enumerate(indices.shape[:-1]))
 
     def pick(array: jax.Array, dim: int) -> jax.Array:
-        others = [d for d in range(array.ndim) if d != dim]
-        lead = len(rows)
-        picks = lax.gather(
-            array,
-            indices,
-            lax.GatherDimensionNumbers(
-                offset_dims=tuple(d if d < dim else d + lead - 1 for d in others),
-                collapsed_slice_dims=(dim,),
-                start_index_map=(dim,),
-            ),
-            slice_sizes=tuple(1 if d == dim else n for d, n in enumerate(array.shape)),
-            unique_indices=eqn.params["unique_indices"],
-            indices_are_sorted=eqn.params["indices_are_sorted"],
-            mode=eqn.params["mode"],
-            fill_value=eqn.params["fill_value"],
+        others = (d for d in range(array.ndim) if d != dim)
+        small = lax.GatherDimensionNumbers(
+            offset_dims=tuple(d if d < dim else d + len(rows) - 1 for d in others),
+            collapsed_slice_dims=(dim,),
+            start_index_map=(dim,),
         )
-        return picks
+        same = {name: eqn.params[name] for name in ("unique_indices", "indices_are_sorted", "mode", "fill_value")}
+        sizes = tuple(1 if d == dim else n for d, n in enumerate(array.shape))
+        return lax.gather(array, indices[..., column : column + 1], small, sizes, **same)
 
     value = along(weight, axis, rows, pick)
-    kept = [group for d, group in enumerate(weight.dims) if d != picked]
-    spread = iter((row,) for row in rows)
-    groups = iter(kept)
-    ndim = eqn.outvars[0].aval.ndim
-    value = dataclasses.replace(
-        value, dims=tuple(next(groups if d in numbers.offset_dims else spread) for d in range(ndim))
-    )
+    kept = [
+        () if d == picked else group for d, group in enumerate(weight.dims) if d not in numbers.collapsed_slice_dims
+    ]
+    groups, spread = iter(kept), iter((row,) for row in rows)
+    order = range(eqn.outvars[0].aval.ndim)
+    value = dataclasses.replace(value, dims=tuple(next(groups if d in numbers.offset_dims else spread) for d in order))
     left = frozenset(axis for group in kept for axis in group)
     if not _is_looked_up(value, left, rows):
         return value
     interpreter.record(weight, eqn, "embedding", (axis,), tuple(left))
     terms = [contract(term.at(value.dtype), value.axes, whole=frozenset(weight.axes)) for term in value.terms]
     return reshape(functools.reduce(jnp.add, terms), value.shape)
+
+
+def _picked(eqn: Any, weight: Any, indices: Any) -> int | None:
+    """The one dimension that a gather picks single rows along, or None where it does anything else."""
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    if not is_factored(weight) or is_factored(indices) or numbers.operand_batching_dims:
+        return None
+    partial = [d for d, n in enumerate(weight.shape) if sizes[d] != n or d in numbers.collapsed_slice_dims]
+    # A start along a dimension that is taken whole can only be 0, but where it would fill instead of being clipped.
+    filled = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP and len(numbers.start_index_map) > 1
+    if len(partial) != 1 or partial[0] not in numbers.start_index_map or sizes[partial[0]] != 1 or filled:
+        return None
+    return partial[0] if len(weight.dims[partial[0]]) == 1 else None
 
 
 def _is_looked_up(value: Factored, left: frozenset[Axis], rows: Axes) -> bool:

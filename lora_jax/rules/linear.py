@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax.contract import Axes, Axis, contract, reshape
+from lora_jax.contract import Axes, Axis, contract, reshape, size_of
 from lora_jax.factored import Factored, is_factored
 from lora_jax.lift import Interpreter, rule
 
@@ -29,28 +28,37 @@ def dot_general(interpreter: Interpreter, eqn: Any, lhs: Any, rhs: Any) -> Any:
     names: list[Axes] = [(Axis(f"x{d}", size),) for d, size in enumerate(x.shape)]
     for xd, wd in (*zip(x_sum, w_sum, strict=True), *zip(x_batch, w_batch, strict=True)):
         names[xd] = weight.dims[wd]
-    x_axes = _flat(names)
     batch, summed = _flat(weight.dims[d] for d in w_batch), _flat(weight.dims[d] for d in w_sum)
     x_out, w_out = _flat(names[d] for d in x_free), _flat(weight.dims[d] for d in w_free)
     interpreter.record(weight, eqn, "linear", summed, w_out)
 
-    out_axes = (*batch, *w_out, *x_out) if is_factored(lhs) else (*batch, *x_out, *w_out)
-    x = reshape(x, tuple(axis.size for axis in x_axes))
     out = eqn.outvars[0].aval
-    products = functools.partial(
-        contract,
-        out=out_axes,
-        whole=frozenset(weight.axes),
-        precision=eqn.params["precision"],
-        preferred_element_type=eqn.params["preferred_element_type"],
-    )
-    # The base's product leaves the activation in the shape it has. In the low-rank products it is flattened to two
-    # dimensions: XLA's CPU back end is slow at skinny products of more (GPT-2's shapes: 1.9 times a full step, not 0.7).
-    terms = [
-        products([(x, x_axes), *term.at(weight.dtype)], flat=len(term.operands) > 1).astype(out.dtype)
-        for term in weight.terms
-    ]
-    return reshape(functools.reduce(jnp.add, terms), out.shape)
+    x_axes = _flat(names)
+    total: Any = None
+    for term in weight.terms:
+        if len(term.operands) > 1:
+            # In low-rank products the activation is flattened to two dimensions: XLA's CPU back end is slow at skinny
+            # products of more. The base's product leaves it in the shape it has.
+            x_axes, x_out = _merged(x_axes, x_out)
+        y = contract(
+            [(reshape(x, tuple(axis.size for axis in x_axes)), x_axes), *term.at(weight.dtype)],
+            (*batch, *w_out, *x_out) if is_factored(lhs) else (*batch, *x_out, *w_out),
+            whole=frozenset(weight.axes),
+            precision=eqn.params["precision"],
+            preferred_element_type=eqn.params["preferred_element_type"],
+        )
+        y = reshape(y.astype(out.dtype), out.shape)
+        total = y if total is None else total + y
+    return total
+
+
+def _merged(axes: Axes, free: Axes) -> tuple[Axes, Axes]:
+    """The axes of an activation, and those that the product has of it, with the latter made one where they adjoin."""
+    start = axes.index(free[0]) if free else 0
+    if len(free) < 2 or axes[start : start + len(free)] != free:
+        return axes, free
+    one = (Axis("x", size_of(free)),)
+    return axes[:start] + one + axes[start + len(free) :], one
 
 
 @rule("mul")
