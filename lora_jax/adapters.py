@@ -7,9 +7,10 @@ import functools
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from lora_jax import tree
@@ -37,7 +38,7 @@ class Adapter:
     site: Site
 
 
-def is_adapter(node: Any) -> bool:
+def is_adapter(node: Any) -> TypeGuard[Adapter]:
     """Whether a node of a tree is an Adapter; made for `is_leaf=`."""
     return isinstance(node, Adapter)
 
@@ -142,8 +143,8 @@ def unmerge(params: Any, lora_params: Mapping[str, Adapter]) -> Any:
     for path, adapter in lora_params.items():
         if not adapter.variant.invertible:
             raise ValueError(
-                f"{path!r}: {type(adapter.variant).__name__} replaces the leaf, so merging cannot be undone there: keep "
-                "the frozen tree, or leave the path out of lora_params (the leaf then keeps its trained value)"
+                f"{path!r}: {type(adapter.variant).__name__} replaces the leaf, so its merging cannot be undone: "
+                "keep the frozen tree, or leave the path out of lora_params (the leaf then keeps its trained value)"
             )
     leaves, treedef = tree.flatten(params, is_leaf=is_factored)
     restored = {path: materialize(_negated(x)) for path, x in _applied(leaves, lora_params).items()}
@@ -226,8 +227,8 @@ def _first_matches(rules: Mapping[str, Any], paths: Iterable[str]) -> dict[str, 
         fresh = [path for path in matched if path not in first]
         if not fresh:
             raise ValueError(
-                f"the rule {pattern!r} matches {matched[0]!r}, but {first[matched[0]]!r} comes first there and the rule "
-                "has no path to itself: put it before, or take it out"
+                f"the rule {pattern!r} matches {matched[0]!r}, but {first[matched[0]]!r} comes first there and the "
+                "rule has no path to itself: put it before, or take it out"
             )
         first.update(dict.fromkeys(fresh, pattern))
     return first
@@ -244,9 +245,10 @@ def _placed(path: str, chosen: Variant | Placed, leaf: Any, sites: Mapping[str, 
     site = _by_shape(leaf) if sites is None else sites[path]
     if site.kind == "unused":
         raise ValueError(f"{path!r}: the traced function does not read it, so it would not train: leave it out")
-    variant = chosen
     if isinstance(chosen, Placed):
         variant, site = chosen.variant, chosen.site(path, shape, site.kind)
+    else:
+        variant = chosen
     if variant.needs_axes and not site.adaptable:
         if sites is None:
             remedy = (

@@ -80,7 +80,7 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
 
 
 def jvp_jaxpr(eqn: Any, n: int) -> tuple[Any, list[bool]]:
-    """The rule of a `custom_jvp_call` as a closed jaxpr of `n` primals and `n` tangents, and which results are zeros."""
+    """The rule of a `custom_jvp_call`, a jaxpr of `n` primals and `n` tangents, and which tangents out are zero."""
     jaxpr, consts, out_zeros = eqn.params["jvp_jaxpr_fun"].call_wrapped(*[False] * n)
     return jax.extend.core.ClosedJaxpr(jaxpr, consts), out_zeros
 

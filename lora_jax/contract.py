@@ -57,11 +57,14 @@ def contract(
     Returns:
       An array with one dimension for each axis of `out`.
     """
-    live = [_sum_out(*operand, out, operands[:i] + operands[i + 1 :]) for i, operand in enumerate(operands)]
+    named = [axes for _, axes in operands]
+    live = [
+        _sum_out(x, axes, frozenset(out).union(*named[:i], *named[i + 1 :])) for i, (x, axes) in enumerate(operands)
+    ]
     for i, j in order(tuple(axes for _, axes in live), frozenset(out), frozenset(whole)):
         right, left = live.pop(j), live.pop(i)
         keep = frozenset(out).union(*(axes for _, axes in live))
-        # Only the last product leaves the computation's dtype, so that none of the others is a wider one than it need be.
+        # Only the last product leaves the dtype that is computed in: none is wider than it need be.
         dtype = None if live else preferred_element_type
         live.insert(i, _product(left, right, keep, precision, dtype))
     return _arrange(*live[0], out)
@@ -70,7 +73,7 @@ def contract(
 def order(operands: tuple[Axes, ...], out: frozenset[Axis], whole: frozenset[Axis] = frozenset()) -> Order:
     """The cheapest sequence of pairs i < j to multiply, each product taking the place of its left operand.
 
-    The cost is the number of multiplications. Ruled out are products of factors alone (i > 0) that carry all of `whole`.
+    The cost is the number of multiplications. No product of factors alone (i > 0) may carry all of `whole`.
 
     >>> n, d, r, k = Axis("n", 64), Axis("d", 512), Axis("r", 8), Axis("k", 512)
     >>> order(((n, d), (d, r), (r, k)), frozenset({n, k}))  # (x A) B, not x (A B)
@@ -96,9 +99,8 @@ def _search(operands: tuple[Axes, ...], out: frozenset[Axis], whole: frozenset[A
     return best
 
 
-def _sum_out(array: jax.Array, axes: Axes, out: Axes, others: Sequence[tuple[jax.Array, Axes]]) -> tuple[Any, Axes]:
-    """Sums over the axes that only this operand has and the result does not want."""
-    kept = frozenset(out).union(*(other for _, other in others))
+def _sum_out(array: jax.Array, axes: Axes, kept: Set[Axis]) -> tuple[jax.Array, Axes]:
+    """Sums over the axes that neither the result nor another operand has."""
     dims = [d for d, axis in enumerate(axes) if axis not in kept]
     return (jnp.sum(array, dims), tuple(axis for axis in axes if axis in kept)) if dims else (array, axes)
 
@@ -116,9 +118,10 @@ def _product(
     if not summed:  # nothing to sum: an element-wise product, with broadcasting
         out = (*a_axes, *b_free)
         return _arrange(a, a_axes, out) * _arrange(b, b_axes, out), out
-    dims = tuple(
-        tuple(tuple(axes.index(axis) for axis in group) for axes in (a_axes, b_axes)) for group in (summed, batch)
+    (a_sum, a_batch), (b_sum, b_batch) = (
+        [tuple(axes.index(axis) for axis in group) for group in (summed, batch)] for axes in (a_axes, b_axes)
     )
+    dims = ((a_sum, b_sum), (a_batch, b_batch))
     out = (*batch, *a_free, *b_free)
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=dtype), out
 

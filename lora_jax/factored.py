@@ -1,4 +1,4 @@
-"""Factored: a weight held as a sum of tensor networks over named axes, the base first, never formed unless asked for."""
+"""Factored: a weight held as a sum of tensor networks over named axes, base first, formed only if asked for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +127,7 @@ class Factored:
         return dataclasses.replace(self, terms=tuple(term.times(array, axes) for term in self.terms))
 
     def split(self, axis: Axis, major: int) -> Factored:
-        """The value with one axis made two, the first of size `major`, in the dims and in each operand that carries it."""
+        """The value with one axis made two, the first of size `major`, in dims and in operands."""
 
         def refine(axes: Axes) -> Axes:
             return tuple(new for old in axes for new in (old.split(major) if old == axis else (old,)))
@@ -163,7 +163,7 @@ class Factored:
     T = at = property(_refuse)
 
 
-def is_factored(leaf: Any) -> bool:
+def is_factored(leaf: Any) -> TypeGuard[Factored]:
     """Whether a leaf is Factored; made for `is_leaf=`."""
     return isinstance(leaf, Factored)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar, overload
 
 import jax
+import jax.core
 import numpy as np
 
 from lora_jax import compat

@@ -47,8 +47,8 @@ def _multi(transforms: dict[str, optax.GradientTransformation], group: Any) -> o
         nodes, treedef = jax.tree.flatten(params, is_leaf=is_adapter)
         if not any(map(is_adapter, nodes)):
             raise ValueError(
-                "the tree that the optimizer is given holds no Adapter, so nothing would train: give it lora_params, or "
-                "a tree that has lora_params in it"
+                "the tree that the optimizer is given holds no Adapter, so nothing would train: give it lora_params, "
+                "or a tree that has lora_params in it"
             )
         return jax.tree.unflatten(treedef, [_labels(x) if is_adapter(x) else FROZEN for x in nodes])
 

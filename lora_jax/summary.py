@@ -61,10 +61,9 @@ class Summary:
         rule = "  ".join("─" * width for width in widths)
 
         def draw(line: tuple[str, ...]) -> str:
-            cells = [
-                text.ljust(w) if i < 3 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths, strict=True))
-            ]
-            return "  ".join(cells).rstrip()
+            words = [text.ljust(width) for text, width in zip(line[:3], widths[:3], strict=True)]
+            numbers = [text.rjust(width) for text, width in zip(line[3:], widths[3:], strict=True)]
+            return "  ".join([*words, *numbers]).rstrip()
 
         return "\n".join([draw(head), rule, *map(draw, body), rule, draw(foot)])
 

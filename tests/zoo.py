@@ -56,7 +56,7 @@ def by_hand() -> Model:
 
 
 class _Block(nn.Module):
-    dtype: Any = jnp.float32
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, _: Any) -> tuple[jax.Array, None]:
@@ -73,7 +73,7 @@ class _Block(nn.Module):
 class _Decoder(nn.Module):
     """A decoder whose layers are scanned over, rematerialized, and whose head is its embedding."""
 
-    dtype: Any = jnp.float32
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, batch: jax.Array) -> jax.Array:
@@ -85,7 +85,7 @@ class _Decoder(nn.Module):
         return embed.attend(x)
 
 
-def linen(dtype: Any = jnp.float32) -> Model:
+def linen(dtype: Any = None) -> Model:
     model = _Decoder(dtype)
     params = model.init(jax.random.key(0), tokens())
 

@@ -115,7 +115,8 @@ def _restore(file: Path, path: str, entry: dict[str, Any], tensors: dict[str, An
         raise ValueError(f"{file}: {path!r} is a {name}, and known are {known}: import the module that defines {name}")
     try:
         variant = Variant.registry[name](**entry["fields"])
-        site = Site(**{key: tuple(v) if isinstance(v, list) else v for key, v in entry["site"].items()})
+        axes = {name: tuple(entry["site"][name]) for name in ("shape", "batch_axes", "in_axes", "out_axes")}
+        site = Site(kind=entry["site"]["kind"], **axes)
         factors = {factor: tensors.pop(f"{path}:{factor}") for factor in variant.labels()}
         # Raises where a factor's shape is not what the variant makes of the site's.
         variant.apply(Factored.of(jax.ShapeDtypeStruct(site.shape, "float32"), path), factors, site)

@@ -23,8 +23,8 @@ def jit(interpreter: Interpreter, eqn: Any, *operands: Any) -> list[Any]:
     """A call stays a call, under its name and the shardings it was given."""
 
     def call(*args: Any) -> list[Any]:
-        args = _constrain(args, eqn.params["in_shardings"])
-        return _constrain(interpreter.evaluate(eqn.params["jaxpr"], *args), eqn.params["out_shardings"])
+        constrained = _constrain(args, eqn.params["in_shardings"])
+        return _constrain(interpreter.evaluate(eqn.params["jaxpr"], *constrained), eqn.params["out_shardings"])
 
     call.__name__ = eqn.params["name"]
     return jax.jit(call)(*operands)
@@ -83,7 +83,7 @@ def _stack(weight: Factored) -> list[list[jax.Array | None]]:
     lead = weight.dims[0]
     return [
         [
-            jnp.moveaxis(array, axes.index(*lead), 0) if set(lead) & set(axes) else None
+            jnp.moveaxis(array, axes.index(lead[0]), 0) if lead and lead[0] in axes else None
             for array, axes in zip(term.operands, term.axes, strict=True)
         ]
         for term in weight.terms
@@ -91,7 +91,7 @@ def _stack(weight: Factored) -> list[list[jax.Array | None]]:
 
 
 def _row(weight: Factored, rows: list[list[jax.Array | None]]) -> Factored:
-    """One slice of a stacked weight: the slices of `_stack`, and the operands that do not carry the axis as they are."""
+    """One slice of a stacked weight: slices of what `_stack` gives, and all other operands as they are."""
     lead = weight.dims[0]
     terms = tuple(
         Network(

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from lora_jax.contract import Axis, contract, reshape, size_of
 from lora_jax.factored import Factored, Network, is_factored
@@ -34,7 +33,7 @@ def conv_general_dilated(interpreter: Interpreter, eqn: Any, x: Any, kernel: Any
 
 
 def _low_rank(eqn: Any, x: jax.Array, kernel: Factored, term: Network, inner: frozenset[Axis]) -> jax.Array:
-    """One convolution with the factors of the window and the input channels, then a product with those that are left."""
+    """One convolution with the factors of window and input channels, then a product with those that are left."""
     numbers = eqn.params["dimension_numbers"]
     out_dim, *_ = numbers.rhs_spec
     operands = term.at(kernel.dtype)

@@ -15,8 +15,10 @@ from lora_jax.contract import Axes, Axis, contract, reshape
 from lora_jax.factored import Factored, is_factored
 from lora_jax.lift import Interpreter, rule
 
+Cut = Callable[[jax.Array, int], jax.Array]
 
-def along(weight: Factored, axis: Axis, new: Axes, cut: Callable[[jax.Array, int], jax.Array]) -> Factored:
+
+def along(weight: Factored, axis: Axis, new: Axes, cut: Cut) -> Factored:
     """The weight with `cut(operand, dimension)` done to each operand that carries `axis`, which `new` replaces."""
 
     def renamed(axes: Axes) -> Axes:
@@ -35,7 +37,7 @@ def static_slice(_: Interpreter, eqn: Any, weight: Factored) -> Any:
     strides = eqn.params["strides"] or (1,) * weight.ndim
     sizes = eqn.outvars[0].aval.shape
 
-    def cut(d: int) -> Callable[[jax.Array, int], jax.Array]:
+    def cut(d: int) -> Cut:
         return lambda array, dim: lax.slice_in_dim(array, starts[d], limits[d], strides[d], dim)
 
     return _slice(weight, sizes, cut)
@@ -45,16 +47,14 @@ def static_slice(_: Interpreter, eqn: Any, weight: Factored) -> Any:
 def dynamic_slice(_: Interpreter, eqn: Any, weight: Any, *starts: Any) -> Any:
     """A slice with traced bounds, such as one layer of a stack."""
 
-    def cut(d: int) -> Callable[[jax.Array, int], jax.Array]:
+    def cut(d: int) -> Cut:
         return lambda array, dim: lax.dynamic_slice_in_dim(array, starts[d], sizes[d], dim)
 
     sizes = eqn.params["slice_sizes"]
     return _slice(weight, sizes, cut)
 
 
-def _slice(
-    weight: Factored, sizes: tuple[int, ...], cut: Callable[[int], Callable[[jax.Array, int], jax.Array]]
-) -> Any:
+def _slice(weight: Factored, sizes: tuple[int, ...], cut: Callable[[int], Cut]) -> Any:
     for d, (group, size, old) in enumerate(zip(weight.dims, sizes, weight.shape, strict=True)):
         if size == old:
             continue
@@ -90,9 +90,8 @@ def gather(interpreter: Interpreter, eqn: Any, weight: Any, indices: Any) -> Any
         return lax.gather(array, indices[..., column : column + 1], small, sizes, **same)
 
     value = along(weight, axis, rows, pick)
-    kept = [
-        () if d == picked else group for d, group in enumerate(weight.dims) if d not in numbers.collapsed_slice_dims
-    ]
+    dims = [() if d == picked else group for d, group in enumerate(weight.dims)]
+    kept = [group for d, group in enumerate(dims) if d not in numbers.collapsed_slice_dims]
     groups, spread = iter(kept), iter((row,) for row in rows)
     order = range(eqn.outvars[0].aval.ndim)
     value = dataclasses.replace(value, dims=tuple(next(groups if d in numbers.offset_dims else spread) for d in order))

@@ -18,6 +18,7 @@ def dot_general(interpreter: Interpreter, eqn: Any, lhs: Any, rhs: Any) -> Any:
     if is_factored(lhs) and is_factored(rhs):
         return NotImplemented
     (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
+    x: Any
     if is_factored(lhs):
         weight, x, w_sum, x_sum, w_batch, x_batch = lhs, rhs, lhs_sum, rhs_sum, lhs_batch, rhs_batch
     else:

@@ -1,0 +1,146 @@
+"""The laws, for every variant on every model of the zoo."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from checks import all_adaptable, error, formed, randomized
+from zoo import ZOO
+
+import lora_jax as lora
+
+pytestmark = pytest.mark.standard_promotion
+
+VARIANTS = {
+    "LoRA": lora.LoRA(rank=2, alpha=4),
+    "rank_stabilized": lora.LoRA(rank=3, alpha=2, scaling="rank_stabilized", init="uniform"),
+    "rank_1": lora.LoRA(rank=1),
+}
+FLOAT32 = [name for name in ZOO if name != "bfloat16"]
+
+
+@functools.cache
+def prepared(model: str, variant: str):
+    loss, params, batch = ZOO[model]()
+    sites = lora.sites(loss, params, *batch)
+    frozen, lora_params = lora.split(jax.random.key(3), params, all_adaptable(VARIANTS[variant]), sites=sites)
+    return loss, params, batch, frozen, lora_params
+
+
+def lifted_loss(loss, frozen, batch):
+    return lambda lora_params: lora.lift(loss)(lora.attach(frozen, lora_params), *batch)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("model", ZOO)
+def test_starts_at_the_base(model, variant):
+    loss, params, batch, frozen, lora_params = prepared(model, variant)
+    found = jax.jit(lifted_loss(loss, frozen, batch))(lora_params)
+    expected = jax.jit(lambda: loss(params, *batch))()
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+    for adapter in lora_params.values():
+        assert not adapter.factors["B"].any()
+        assert adapter.factors["A"].std() > 0
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("model", FLOAT32)
+def test_lifted_equals_merged(model, variant):
+    loss, _, batch, frozen, lora_params = prepared(model, variant)
+    lora_params = randomized(lora_params)
+    found = jax.jit(jax.value_and_grad(lifted_loss(loss, frozen, batch)))(lora_params)
+    expected = jax.jit(jax.value_and_grad(lambda lp: loss(lora.merge(frozen, lp), *batch)))(lora_params)
+    assert error(found, expected) < 1e-5
+
+
+def test_lifted_equals_merged_without_jit():
+    loss, _, batch, frozen, lora_params = prepared("linen", "LoRA")
+    lora_params = randomized(lora_params)
+    found = jax.value_and_grad(lifted_loss(loss, frozen, batch))(lora_params)
+    expected = jax.value_and_grad(lambda lp: loss(lora.merge(frozen, lp), *batch))(lora_params)
+    assert error(found, expected) < 1e-5
+
+
+def test_bfloat16_is_as_exact_as_merging():
+    loss, params, batch, frozen, lora_params = prepared("bfloat16", "LoRA")
+    lora_params = randomized(lora_params)
+    exact_loss, *_ = ZOO["linen"]()
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), frozen)
+    exact = jax.jit(jax.grad(lambda lp: exact_loss(lora.merge(wide, lp), *batch)))(lora_params)
+    lifted = jax.jit(jax.grad(lifted_loss(loss, frozen, batch)))(lora_params)
+    merged = jax.jit(jax.grad(lambda lp: loss(lora.merge(frozen, lp), *batch)))(lora_params)
+    assert {x.dtype for x in jax.tree.leaves(lifted)} == {np.dtype("float32")}
+    assert error(lifted, exact) < 1.5 * error(merged, exact)
+    assert error(lifted, exact) < 0.1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("model", ZOO)
+def test_no_weight_is_formed(model, variant):
+    loss, _, batch, frozen, lora_params = prepared(model, variant)
+    step = jax.make_jaxpr(jax.value_and_grad(lifted_loss(loss, frozen, batch)))
+    assert formed(step(lora_params), lora_params) == []
+    # And the check would see it: merging in the step forms every one of them.
+    merging = jax.make_jaxpr(jax.value_and_grad(lambda lp: loss(lora.merge(frozen, lp), *batch)))
+    assert len(formed(merging(lora_params), lora_params)) >= 2 * len(lora_params)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("model", ZOO)
+def test_unmerge_undoes_merge(model, variant):
+    _, _, _, frozen, lora_params = prepared(model, variant)
+    lora_params = randomized(lora_params)
+    merged = lora.merge(frozen, lora_params)
+    restored = lora.unmerge(merged, lora_params)
+    arrays, merged_arrays, base = (
+        [x for x in jax.tree.leaves(t) if isinstance(x, jax.Array)] for t in (restored, merged, frozen)
+    )
+    assert error(merged_arrays, base) > 1e-2
+    assert error(arrays, base) < 2 * float(jnp.finfo(base[0].dtype).eps)
+    assert [x.dtype for x in arrays] == [x.dtype for x in base]
+
+
+@pytest.mark.parametrize("model", ["linen", "by_hand", "equinox"])
+def test_a_step_compiles_once_and_adapters_swap(model):
+    loss, _, batch, frozen, lora_params = prepared(model, "LoRA")
+    traces = []
+
+    def counted(params, *batch):
+        traces.append(1)
+        return loss(params, *batch)
+
+    tx = lora.optimizer(optax.adamw(1e-2))
+    arrays, static = [x if isinstance(x, jax.Array) else None for x in jax.tree.leaves(frozen)], frozen
+
+    @jax.jit
+    def step(lora_params, state, arrays):
+        leaves, treedef = jax.tree.flatten(static)
+        frozen = jax.tree.unflatten(treedef, [a if s is None else s for a, s in zip(leaves, arrays, strict=True)])
+        value, grads = jax.value_and_grad(lifted_loss(counted, frozen, batch))(lora_params)
+        updates, state = tx.update(grads, state, lora_params)
+        return optax.apply_updates(lora_params, updates), state, value
+
+    state, losses, trained = tx.init(lora_params), [], lora_params
+    for _ in range(10):
+        trained, state, value = step(trained, state, arrays)
+        losses.append(float(value))
+    assert len(traces) == 1
+    assert losses[-1] < losses[0]
+    step(randomized(lora_params), state, arrays)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("model", ["linen", "by_hand"])
+def test_factors_depend_on_key_and_path_alone(model):
+    loss, params, batch, _, lora_params = prepared(model, "LoRA")
+    sites = lora.sites(loss, params, *batch)
+    path = sorted(lora_params)[-1]
+    alone = lora.split(jax.random.key(3), params, lambda p, _: VARIANTS["LoRA"] if p == path else None, sites=sites)[1]
+    np.testing.assert_array_equal(alone[path].factors["A"], lora_params[path].factors["A"])
+    drawn = [np.asarray(a.factors["A"]).ravel()[:5].tolist() for a in lora_params.values()]
+    assert len({tuple(x) for x in drawn}) == len(drawn)
