@@ -68,18 +68,22 @@ def demo(arguments: argparse.Namespace) -> None:
     _need({"rich", "tokenizers"} if arguments.no_figure else {"rich", "tokenizers", "matplotlib"}, extra="demo")
     from lora_jax.demo import encoder, job, report
 
-    quick = {"steps": 20, "sentences": 400} if arguments.quick else {}
+    quick = {"steps": 20, "sentences": 300, "lengths": (24,)} if arguments.quick else {}
     given = {"steps": arguments.steps} if arguments.steps else {}
     settings = job.Settings(seed=arguments.seed, rank=arguments.rank, full=arguments.full, **(quick | given))
     pretrained = encoder.load(arguments.model)
+    widest = pretrained.model.config.hidden_size
+    if arguments.rank > widest:
+        raise ValueError(f"--rank {arguments.rank}: the encoder's layers have {widest} features, so that is the most")
     arguments.out.mkdir(parents=True, exist_ok=True)
     with report.progress() as watch:
         found = job.run(settings, pretrained, arguments.out, watch)
+    report.show(found)
     report.write(found, arguments.out / "results.json")
     if not arguments.no_figure:
         report.draw(found, arguments.out / "figure.png")
-    report.show(found)
-    print(f"\nWritten to {arguments.out}/: {', '.join(sorted(file.name for file in arguments.out.iterdir()))}")
+    figure = "" if arguments.no_figure else "figure.png, "
+    print(f"\nWritten to {arguments.out}: {figure}results.json, and the adapters, *.safetensors")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -58,10 +58,13 @@ def context(eqn: Any) -> Any:
 
 
 def where(eqn: Any) -> str:
-    """The user's line behind an equation, e.g. `model.py:41 (attention)`: the innermost one outside all libraries."""
+    """The user's line behind an equation, e.g. `model.py:41 (attention)`: the innermost one outside all libraries.
+
+    Empty inside a function that a library jitted: JAX keeps no line of its caller there.
+    """
     frames = [f for f in source_info_util.user_frames(eqn.source_info.traceback) if not _is_ours(f.file_name)]
     if not frames:
-        return "an unknown line"
+        return ""
     frame = next((f for f in frames if "site-packages" not in f.file_name), frames[0])
     return f"{os.path.basename(frame.file_name)}:{frame.start_line} ({frame.function_name})"
 

@@ -8,9 +8,10 @@ have to be formed, which is an error unless it is asked for. Nothing is formed s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar, overload
 
 import jax
@@ -75,10 +76,12 @@ class Interpreter:
     Attributes:
       allow: Whether a whole matrix may be formed.
       uses: What has consumed each leaf so far, by path.
+      line: The user's line that called the function being interpreted, for equations that know none.
     """
 
     allow: bool
     uses: dict[str, list[Use]] = dataclasses.field(default_factory=dict)
+    line: str = "an unknown line"
 
     def run(self, fun: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What `fun(*args, **kwargs)` returns, any of whose leaves may be Factored."""
@@ -112,9 +115,22 @@ class Interpreter:
             return out if eqn.primitive.multiple_results else [out]
         return compat.bind(eqn, [self.form(x, eqn) if is_factored(x) else x for x in operands])
 
+    def where(self, eqn: Any) -> str:
+        """The user's line behind an equation."""
+        return compat.where(eqn) or self.line
+
+    @contextlib.contextmanager
+    def called_at(self, eqn: Any) -> Iterator[None]:
+        """While the body of a call is interpreted: its equations stand at the call's line, if at none of their own."""
+        outer, self.line = self.line, self.where(eqn)
+        try:
+            yield
+        finally:
+            self.line = outer
+
     def record(self, value: Factored, eqn: Any, kind: str, in_axes: Sequence[Axis], out_axes: Sequence[Axis]) -> None:
         """Notes that an equation consumes a value; the leaf's dimensions in neither group are batch axes."""
-        use = Use(kind, _roots(in_axes), _roots(out_axes), eqn.primitive.name, compat.where(eqn))
+        use = Use(kind, _roots(in_axes), _roots(out_axes), eqn.primitive.name, self.where(eqn))
         self.uses.setdefault(value.path, []).append(use)
 
     def form(self, value: Factored, eqn: Any) -> jax.Array:
@@ -127,7 +143,7 @@ class Interpreter:
         if not self.allow:
             mib = value.size * np.dtype(value.dtype).itemsize / 2**20
             raise MaterializeError(
-                f"{value.path!r} {value.shape} reaches {eqn.primitive.name!r} at {compat.where(eqn)}, which needs the "
+                f"{value.path!r} {value.shape} reaches {eqn.primitive.name!r} at {self.where(eqn)}, which needs the "
                 f'whole matrix W + ΔW ({mib:.2g} MiB). Pass materialize="allow" to lift() if that is what you want, '
                 "or leave this path out of the rules."
             )

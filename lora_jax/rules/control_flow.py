@@ -24,7 +24,9 @@ def jit(interpreter: Interpreter, eqn: Any, *operands: Any) -> list[Any]:
 
     def call(*args: Any) -> list[Any]:
         constrained = _constrain(args, eqn.params["in_shardings"])
-        return _constrain(interpreter.evaluate(eqn.params["jaxpr"], *constrained), eqn.params["out_shardings"])
+        with interpreter.called_at(eqn):
+            results = interpreter.evaluate(eqn.params["jaxpr"], *constrained)
+        return _constrain(results, eqn.params["out_shardings"])
 
     call.__name__ = eqn.params["name"]
     return jax.jit(call)(*operands)
