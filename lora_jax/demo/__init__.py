@@ -1,1 +1,1 @@
-"""`lora-jax demo`: adapt a pretrained sentence encoder to a new task, and compare LoRA with what else one could train."""
+"""`lora-jax demo`: adapt a pretrained sentence encoder to a new task, with LoRA and with what else one could train."""

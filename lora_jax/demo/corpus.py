@@ -1,12 +1,13 @@
 """The demo's data: sentences of Python's own documentation, half of them with two neighboring words swapped.
 
-Judging whether a sentence is well formed is the task of CoLA (Warstadt et al. 2018, arXiv:1805.12471), in GLUE. Here the
-sentences come from the docstrings of the standard library and from the texts of `help()`, so every Python has them.
+Judging whether a sentence is well formed is the task of CoLA (Warstadt et al. 2018, arXiv:1805.12471), in GLUE. Here
+the sentences come from the docstrings of the standard library and the texts of `help()`, so every Python has them.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import re
 import sysconfig
@@ -46,11 +47,24 @@ def load(seed: int, limit: int | None = None) -> tuple[list[Example], list[Examp
       limit: The most sentences to return, in both together; None for all.
 
     Returns:
-      Training and test examples, each in random order. The same seed, limit and Python give the same examples.
+      Training and test examples. The same seed, limit and Python give the same ones.
 
     Raises:
       ValueError: This Python comes without the source of its standard library.
     """
+    rng = np.random.default_rng(seed)
+    pairs = collect()
+    pairs = [pairs[i] for i in rng.permutation(len(pairs))]
+    train = [(sentence, file) for sentence, file in pairs if not is_test(file)]
+    test = [(sentence, file) for sentence, file in pairs if is_test(file)]
+    if limit is not None:
+        train, test = train[: round(limit * (1 - TEST_SHARE))], test[: round(limit * TEST_SHARE)]
+    return half_swapped(rng, train), half_swapped(rng, test)
+
+
+@functools.cache
+def collect() -> list[tuple[str, str]]:
+    """Every sentence once, with the first file that has it."""
     found: dict[str, tuple[str, str]] = {}
     for file, text in documents():
         for sentence in sentences(text):
@@ -60,14 +74,7 @@ def load(seed: int, limit: int | None = None) -> tuple[list[Example], list[Examp
             f"only {len(found)} sentences in {sysconfig.get_path('stdlib')}: the demo reads the docstrings of the "
             "standard library, so take a Python that comes with its .py files"
         )
-    rng = np.random.default_rng(seed)
-    split: tuple[list[tuple[str, str]], ...] = ([], [])
-    for i in rng.permutation(len(pairs := list(found.values()))):
-        split[is_test(pairs[i][1])].append(pairs[i])
-    if limit is not None:
-        split = (split[0][: round(limit * (1 - TEST_SHARE))], split[1][: round(limit * TEST_SHARE)])
-    train, test = (half_swapped(rng, part) for part in split)
-    return train, test
+    return list(found.values())
 
 
 def documents() -> Iterator[tuple[str, str]]:
@@ -130,8 +137,8 @@ def places(words: Sequence[str]) -> list[int]:
 def swap(rng: np.random.Generator, sentence: str) -> str:
     """The sentence with two neighboring words swapped, at a place drawn from those possible.
 
-    >>> swap(np.random.default_rng(0), "Close the file, please.")
-    'Close the file, please.'
+    >>> swap(np.random.default_rng(0), "Close the file, then the socket.")
+    'Close the file, the then socket.'
     """
     words = sentence.split()
     i = rng.choice(places(words))
@@ -144,6 +151,7 @@ def half_swapped(rng: np.random.Generator, pairs: Iterable[tuple[str, str]]) -> 
 
     >>> pairs = [("It will be a list.", "a.py"), ("It must be a tuple.", "b.py")]
     >>> [example.text for example in half_swapped(np.random.default_rng(0), pairs)]
+    ['It will be a list.', 'It must a be tuple.']
     """
     pairs = list(pairs)
     pairs = pairs[: len(pairs) // 2 * 2]

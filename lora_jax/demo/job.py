@@ -1,41 +1,72 @@
-"""The demo's job: give each contender the same data, train what its rules say, and see how far it gets."""
+"""The demo's job: each contender trains what its rules say, on the same sentences, and is judged on others."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
+import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 import lora_jax as lora
 from lora_jax import tree
-from lora_jax.demo.corpus import Example
-from lora_jax.models.classifier import Classifier, mean_pool
+from lora_jax.demo import corpus
+from lora_jax.demo.batches import Batch, Bucket, apply, draw, encode, labels
+from lora_jax.demo.encoder import Encoder
+from lora_jax.models.classifier import Classifier, add_head, mean_pool
 
-LENGTHS = (16, 24, 48)  # tokens; a batch is padded to the first that fits, and each compiles once
 HEAD = r".*/head/.*"
+PROBE_STEPS = 1000  # over all training sentences at once: where its loss has stopped falling
+
+# Told how a stage goes: its name, how many of its steps are done, of how many, and a word on how.
+Watch = Callable[[str, int, int, str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a run depends on, apart from the encoder and the Python.
+
+    Attributes:
+      seed: Of all that is random.
+      steps: Training steps of each contender but the probe.
+      rank: LoRA's.
+      full: Whether full fine-tuning competes too.
+      batch_size: Sentences in a step.
+      lengths: The lengths, in tokens, that batches are padded to. A step compiles once for each; the fewer there are,
+        the more padding is computed with.
+      sentences: The most to use, to train and to test in all; None for all that there are.
+    """
+
+    seed: int = 0
+    steps: int = 300
+    rank: int = 8
+    full: bool = False
+    batch_size: int = 32
+    lengths: tuple[int, ...] = (16, 24, 48)
+    sentences: int | None = None
 
 
 class Contender(NamedTuple):
-    """What trains, given a rank, and how fast."""
+    """A way to adapt the encoder: what trains, as rules for a given rank, and the peak learning rate."""
 
     name: str
+    file: str
     rules: Callable[[int], Any]
     learning_rate: float
 
 
 def query_and_value(rank: int) -> Any:
+    """The paper's choice, by name."""
     return {r".*/(query|value)/kernel": lora.LoRA(rank), HEAD: lora.Full()}
 
 
 def all_linear(rank: int) -> Any:
+    """Every linear layer. Rules may ask how the program uses a leaf, so this one knows no names but the head's."""
+
     def rule(path: str, site: lora.Site) -> lora.Variant | None:
         if "/head/" in path:
             return lora.Full()
@@ -44,78 +75,193 @@ def all_linear(rank: int) -> Any:
     return rule
 
 
-def everything(rank: int) -> Any:
-    return {".*": lora.Full()}
+PROBE = Contender("linear probe", "probe", lambda rank: {HEAD: lora.Full()}, 1e-2)
+SOME = Contender("LoRA, query and value", "query_value", query_and_value, 2e-3)
+ALL = Contender("LoRA, all linear", "all_linear", all_linear, 2e-3)
+FULL = Contender("full fine-tuning", "full", lambda rank: {".*": lora.Full()}, 2e-4)
 
 
-QV = Contender("LoRA on query and value", query_and_value, 2e-3)
-ALL = Contender("LoRA on all linear layers", all_linear, 2e-3)
-FULL = Contender("full fine-tuning", everything, 2e-4)
+class Result(NamedTuple):
+    """A row of the table: share of test sentences that are right, parameters, bytes, seconds, and a loss per step."""
+
+    name: str
+    accuracy: float
+    trained: int = 0
+    share: float = 0.0
+    optimizer_bytes: int = 0
+    file_bytes: int = 0
+    seconds: float = 0.0
+    losses: tuple[float, ...] = ()
 
 
-class Bucket(NamedTuple):
-    ids: np.ndarray
-    mask: np.ndarray
-    labels: np.ndarray
-    rows: np.ndarray
+class Agreement(NamedTuple):
+    """How far two ways to run one adapter are apart: the largest difference of logits, and the labels that differ."""
+
+    name: str
+    difference: float
+    labels: int
 
 
-def encode(tokenizer, examples):
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(LENGTHS[-1])
-    ids = [e.ids for e in tokenizer.encode_batch([e.text for e in examples])]
-    size = np.array([len(i) for i in ids])
-    labels = np.array([e.swapped for e in examples], np.int32)
-    out = []
-    for lo, hi in zip((0, *LENGTHS), LENGTHS):
-        rows = np.flatnonzero((size > lo) & (size <= hi))
-        a = np.zeros((len(rows), hi), np.int32)
-        m = np.zeros((len(rows), hi), np.int32)
-        for k, r in enumerate(rows):
-            a[k, : size[r]] = ids[r]
-            m[k, : size[r]] = 1
-        out.append(Bucket(a, m, labels[rows], rows))
-    return out
+class Report(NamedTuple):
+    """What a run found; verdicts are test sentences with the adapted encoder's probability that they are swapped."""
+
+    encoder: str
+    settings: Settings
+    sentences: tuple[int, int]
+    results: list[Result]
+    agreements: list[Agreement]
+    verdicts: list[tuple[corpus.Example, float]]
 
 
-def batches(rng, buckets, size, steps):
-    made = 0
-    while True:
-        chunks = []
-        for b in buckets:
-            order = rng.permutation(len(b.rows))
-            chunks += [(b, order[i : i + size]) for i in range(0, len(order) - size + 1, size)]
-        for j in rng.permutation(len(chunks)):
-            b, pick = chunks[j]
-            if made == steps:
-                return
-            made += 1
-            yield {"input_ids": b.ids[pick], "attention_mask": b.mask[pick], "labels": b.labels[pick]}
+class Task(NamedTuple):
+    """The classifier, its parameters with a fresh head, and the data to train and to test on."""
+
+    model: Classifier
+    params: Any
+    train: list[Bucket]
+    test: list[Bucket]
+    train_labels: np.ndarray
+    test_labels: np.ndarray
+
+    def logits(self, params: Any, batch: Batch) -> jax.Array:
+        """Logits [B, 2]: as written, swapped."""
+        logits: Any = self.model.apply(params, batch["input_ids"], batch["attention_mask"])
+        return logits
+
+    def features(self, params: Any, batch: Batch) -> jax.Array:
+        """What the head sees: the mean of the encoder's hidden states, [B, D]."""
+        encoder, mask = {"params": params["params"]["encoder"]}, batch["attention_mask"]
+        hidden: Any = self.model.encoder.apply(encoder, batch["input_ids"], mask)
+        return mean_pool(hidden, mask)
+
+    def loss(self, params: Any, batch: Batch) -> jax.Array:
+        """Mean cross-entropy in nats."""
+        return cross_entropy(self.logits(params, batch), batch["labels"])
+
+    def loss_of_head(self, params: Any, batch: dict[str, Any]) -> jax.Array:
+        """The same from features that are known already: all that it reads of the parameters is the head."""
+        head = params["params"]["head"]
+        return cross_entropy(batch["features"] @ head["kernel"] + head["bias"], batch["labels"])
 
 
-def train(key, contender, loss_fn, params, data, steps, rank, on_step=lambda *_: None):
-    data = iter(data)
-    first = next(data)
-    sites = lora.sites(loss_fn, params, first)
-    frozen, lp = lora.split(key, params, contender.rules(rank), sites=sites)
-    sched = optax.warmup_cosine_decay_schedule(0.0, contender.learning_rate, steps // 10, steps)
-    tx = lora.optimizer(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(sched)))
-    st = tx.init(lp)
+def cross_entropy(logits: jax.Array, labels: Any) -> jax.Array:
+    """The batch's mean, in nats."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(lp, st, frozen, batch):
-        def objective(lp):
-            return lora.lift(loss_fn)(lora.attach(frozen, lp), batch)
 
-        loss, g = jax.value_and_grad(objective)(lp)
-        u, st = tx.update(g, st, lp)
-        return optax.apply_updates(lp, u), st, loss
+class Trained(NamedTuple):
+    """What training leaves."""
 
-    losses = []
-    import itertools
+    frozen: Any
+    lora_params: dict[str, lora.Adapter]
+    opt_state: Any
+    losses: list[float]
 
-    for i, b in enumerate(itertools.chain([first], data)):
-        lp, st, loss = step(lp, st, frozen, b)
+
+def run(settings: Settings, pretrained: Encoder, out: Path, watch: Watch) -> Report:
+    """Train each contender, judge it on the test sentences, and save what it trained in the folder `out`."""
+    stage = "reading the documentation"
+    watch(stage, 0, 1, "")
+    train, test = corpus.load(settings.seed, settings.sentences)
+    watch(stage, 1, 1, "")
+
+    model, params = add_head(jax.random.key(settings.seed), pretrained.model, pretrained.params, labels=2)
+    buckets = [encode(pretrained.tokenizer, examples, settings.lengths) for examples in (train, test)]
+    task = Task(model, params, buckets[0], buckets[1], labels(train), labels(test))
+
+    majority = np.bincount(task.train_labels).argmax()
+    results = [Result("majority class", float(np.mean(task.test_labels == majority)))]
+    agreements, verdicts, logits = [], [], jax.jit(task.logits)
+    for contender in (PROBE, SOME, ALL, *([FULL] if settings.full else [])):
+        started = time.perf_counter()
+        trained = compete(contender, task, settings, watch)
+        seconds = time.perf_counter() - started
+        file = lora.save(out / f"{contender.file}.safetensors", trained.lora_params)
+        merged = apply(logits, lora.merge(trained.frozen, trained.lora_params), task.test)
+        result = judge(contender, task, trained, merged, file, seconds)
+        watch(contender.name, len(trained.losses), len(trained.losses), f"{result.accuracy:.1%} right")
+        results.append(result)
+        if contender is ALL:
+            agreements = compare(task, trained, lora.load(file), merged)
+            verdicts = list(zip(test, jax.nn.softmax(merged)[:, 1].tolist(), strict=True))
+    return Report(pretrained.name, settings, (len(train), len(test)), results, agreements, verdicts)
+
+
+def judge(contender: Contender, task: Task, trained: Trained, logits: np.ndarray, file: Path, seconds: float) -> Result:
+    """A contender's row."""
+    trains = lora.summary(trained.frozen, trained.lora_params)
+    return Result(
+        contender.name,
+        accuracy=float(np.mean(logits.argmax(-1) == task.test_labels)),
+        trained=trains.trained,
+        share=trains.share,
+        optimizer_bytes=tree.nbytes(trained.opt_state),
+        file_bytes=file.stat().st_size,
+        seconds=seconds,
+        losses=tuple(trained.losses),
+    )
+
+
+def compete(contender: Contender, task: Task, settings: Settings, watch: Watch) -> Trained:
+    """Train one contender: on batches of sentences, or, if it is the probe, on what the frozen encoder makes of all."""
+    if contender is PROBE:
+        watch(contender.name, 0, PROBE_STEPS, "encoding")
+        features = apply(jax.jit(task.features), task.params, task.train)
+        everything = jax.device_put({"features": features, "labels": task.train_labels})
+        loss_fn, batches = task.loss_of_head, [everything] * PROBE_STEPS
+    else:
+        watch(contender.name, 0, settings.steps, "compiling")
+        rng = np.random.default_rng(settings.seed)
+        loss_fn, batches = task.loss, draw(rng, task.train, settings.batch_size, settings.steps)
+    key, rules = jax.random.key(settings.seed), contender.rules(settings.rank)
+
+    def report(done: int, loss: float) -> None:
+        watch(contender.name, done, len(batches), f"loss {loss:.3f}" if done < len(batches) else "testing")
+
+    return fit(key, loss_fn, task.params, rules, contender.learning_rate, batches, report)
+
+
+def fit(
+    key: jax.Array,
+    loss_fn: Callable[..., jax.Array],
+    params: Any,
+    rules: Any,
+    learning_rate: float,
+    batches: Sequence[Any],
+    report: Callable[[int, float], None],
+) -> Trained:
+    """A step on each batch: AdamW, its rate warmed up over a tenth of the steps and brought to zero along a cosine."""
+    lora_params: Any  # what optax takes for a tree of parameters, its types say too narrowly
+    frozen, lora_params = lora.split(key, params, rules, sites=lora.sites(loss_fn, params, batches[0]))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, len(batches) // 10, len(batches))
+    tx = lora.optimizer(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule)))
+
+    @jax.jit
+    def step(lora_params: Any, opt_state: Any, frozen: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
+        def objective(lora_params: Any) -> jax.Array:
+            return lora.lift(loss_fn)(lora.attach(frozen, lora_params), batch)
+
+        loss, grads = jax.value_and_grad(objective)(lora_params)
+        updates, opt_state = tx.update(grads, opt_state, lora_params)
+        return optax.apply_updates(lora_params, updates), opt_state, loss
+
+    losses: list[float] = []
+    opt_state = tx.init(lora_params)
+    for batch in batches:
+        lora_params, opt_state, loss = step(lora_params, opt_state, frozen, batch)
         losses.append(float(loss))
-        on_step(i, losses[-1])
-    return frozen, lp, st, losses
+        report(len(losses), losses[-1])
+    return Trained(frozen, lora_params, opt_state, losses)
+
+
+def compare(task: Task, trained: Trained, loaded: Any, merged: np.ndarray) -> list[Agreement]:
+    """The merged model's logits on the test sentences, against the lifted one's and those of the adapter's file."""
+    lifted = jax.jit(lora.lift(task.logits))
+    others = {
+        "lifted, W and A B apart": apply(lifted, lora.attach(trained.frozen, trained.lora_params), task.test),
+        "lifted, adapter read from its file": apply(lifted, lora.attach(task.params, loaded), task.test),
+    }
+    return [
+        Agreement(name, float(np.abs(logits - merged).max()), int(np.sum(logits.argmax(-1) != merged.argmax(-1))))
+        for name, logits in others.items()
+    ]

@@ -1,0 +1,32 @@
+"""The demo over several seeds, full fine-tuning included: python experiments/demo/run.py [SEED ...]."""
+
+import json
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+from lora_jax.demo import encoder, job, report
+
+FILE = Path(__file__).parent / "results.json"
+MACHINE = f"{os.cpu_count()} CPU cores, {platform.machine()}"
+
+
+def main(seeds):
+    pretrained = encoder.load()
+    for seed in seeds:
+        with tempfile.TemporaryDirectory() as folder, report.progress() as watch:
+            found = job.run(job.Settings(seed=seed, full=True), pretrained, Path(folder), watch)
+            report.write(found, Path(folder) / "results.json")
+            run = json.loads((Path(folder) / "results.json").read_text())
+        report.show(found)
+        for result in run["results"]:
+            del result["losses"]
+        runs = json.loads(FILE.read_text()) if FILE.exists() else {}
+        runs[f"Python {run['versions']['python']}, seed {seed}"] = {"machine": MACHINE, **run}
+        FILE.write_text(json.dumps(dict(sorted(runs.items())), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main([int(seed) for seed in sys.argv[1:]] or [0, 1, 2])
