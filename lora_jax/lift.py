@@ -76,11 +76,13 @@ class Interpreter:
     Attributes:
       allow: Whether a whole matrix may be formed.
       uses: What has consumed each leaf so far, by path.
+      returned: The leaves that the function hands back, factored as they are.
       line: The user's line that called the function being interpreted, for equations that know none.
     """
 
     allow: bool
     uses: dict[str, list[Use]] = dataclasses.field(default_factory=dict)
+    returned: set[str] = dataclasses.field(default_factory=set)
     line: str = "an unknown line"
 
     def run(self, fun: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -88,7 +90,9 @@ class Interpreter:
         leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_factored)
         weights = {i: leaf for i, leaf in enumerate(leaves) if is_factored(leaf)}
         jaxpr, rebuild = _trace(fun, leaves, treedef, weights)
-        return rebuild(self.evaluate(jaxpr, *weights.values()))
+        results = self.evaluate(jaxpr, *weights.values())
+        self.returned.update(value.path for value in results if is_factored(value))
+        return rebuild(results)
 
     def evaluate(self, jaxpr: Any, *operands: Any) -> list[Any]:
         """The results of a jaxpr, open or closed, on operands of which any may be Factored; so may the results."""
@@ -210,7 +214,7 @@ def lift(
             return fun(*args, **kwargs)
         interpreter = Interpreter(allow=materialize == "allow")
         result = interpreter.run(fun, args, kwargs)
-        unread = [path for path in paths if path not in interpreter.uses]
+        unread = [path for path in paths if path not in interpreter.uses and path not in interpreter.returned]
         if unread and unused == "error":
             raise UnusedError(
                 f"the function does not read {_listed(unread)}, so the factors there would not train: leave the path "

@@ -1,0 +1,231 @@
+"""`lift` composes with JAX's transforms and takes functions as they are."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checks import error, randomized
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+import lora_jax as lora
+
+PARAMS = {
+    "up": 0.3 * jax.random.normal(jax.random.key(1), (8, 16)),
+    "down": 0.3 * jax.random.normal(jax.random.key(2), (16, 8)),
+}
+X = jax.random.normal(jax.random.key(3), (16, 8))
+FROZEN, INITIAL = lora.split(jax.random.key(0), PARAMS, {".*": lora.LoRA(rank=2, alpha=4)})
+LORA_PARAMS = randomized(INITIAL, 0.2)
+
+
+def model(params, x):
+    return x + jnp.tanh(x @ params["up"]) @ params["down"]
+
+
+def lifted(lora_params, x):
+    return lora.lift(model)(lora.attach(FROZEN, lora_params), x)
+
+
+def merged(lora_params, x):
+    return model(lora.merge(FROZEN, lora_params), x)
+
+
+def loss(fun):
+    return lambda *args: jnp.sum(jnp.sin(fun(*args)))
+
+
+def stacked(lora_params, n=3):
+    return jax.tree.map(lambda x: jnp.stack([x * (i + 1) for i in range(n)]), lora_params)
+
+
+def repeated(fun):
+    return lambda lp, x: lax.scan(lambda x, _: (fun(lp, x), None), x, length=3)[0]
+
+
+MESH = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+# Each takes a function of (lora_params, x) to something to compare.
+TRANSFORMS = {
+    "none": lambda f: f(LORA_PARAMS, X),
+    "jit": lambda f: jax.jit(f)(LORA_PARAMS, X),
+    "value_and_grad": lambda f: jax.value_and_grad(loss(f))(LORA_PARAMS, X),
+    "grad_of_inputs": lambda f: jax.grad(loss(f), argnums=1)(LORA_PARAMS, X),
+    "hessian_vector": lambda f: jax.jvp(jax.grad(loss(f)), (LORA_PARAMS, X), (INITIAL, X))[1],
+    "grad_of_grad": lambda f: jax.grad(lambda x: jnp.sum(jax.grad(loss(f))(LORA_PARAMS, x)["up"].factors["A"] ** 2))(X),
+    "jvp": lambda f: jax.jvp(f, (LORA_PARAMS, X), (INITIAL, X)),
+    "linearize": lambda f: jax.linearize(f, LORA_PARAMS, X)[1](INITIAL, X),
+    "jacobian": lambda f: jax.jacrev(f)(LORA_PARAMS, X[0]),
+    "vmap_of_data": lambda f: jax.vmap(f, (None, 0))(LORA_PARAMS, X),
+    "vmap_of_adapters": lambda f: jax.vmap(f, (0, None))(stacked(LORA_PARAMS), X),
+    "vmap_of_both": lambda f: jax.vmap(f)(stacked(LORA_PARAMS, 16), X),
+    "vmap_of_grad": lambda f: jax.vmap(jax.grad(loss(f)), (None, 0))(LORA_PARAMS, X),
+    "scan": lambda f: jax.grad(loss(repeated(f)))(LORA_PARAMS, X),
+    "scan_of_adapters": lambda f: lax.scan(lambda x, lp: (f(lp, x), None), X, stacked(LORA_PARAMS))[0],
+    "checkpoint": lambda f: jax.grad(loss(jax.checkpoint(f)))(LORA_PARAMS, X),
+    "cond": lambda f: lax.cond(X[0, 0] > 0, f, lambda lp, x: 2 * f(lp, x), LORA_PARAMS, X),
+    "while": lambda f: lax.fori_loop(0, 3, lambda _, x: f(LORA_PARAMS, x), X),
+    "map": lambda f: lax.map(functools.partial(f, LORA_PARAMS), X),
+    "shard_map": lambda f: jax.jit(
+        jax.shard_map(
+            lambda lp, x: lax.psum(jax.grad(loss(f))(lp, x)["up"].factors["A"], "data"),
+            mesh=MESH,
+            in_specs=(PartitionSpec(), PartitionSpec("data")),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+    )(LORA_PARAMS, X),
+    "sharded": lambda f: jax.jit(jax.grad(loss(f)))(
+        LORA_PARAMS, jax.device_put(X, NamedSharding(MESH, PartitionSpec("data")))
+    ),
+    "pmap": lambda f: jax.pmap(f, in_axes=(None, 0))(LORA_PARAMS, X.reshape(8, 2, 8)),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_lifted_equals_merged_under(transform):
+    found, expected = (TRANSFORMS[transform](f) for f in (lifted, merged))
+    assert jax.tree.leaves(expected)
+    assert error(found, expected) < 1e-5
+
+
+def test_without_jit():
+    with jax.disable_jit():
+        assert error(lifted(LORA_PARAMS, X), merged(LORA_PARAMS, X)) < 1e-5
+
+
+def test_abstractly():
+    """A model of any size can be planned: nothing is allocated."""
+    params = {"w": jax.ShapeDtypeStruct((100_000, 200_000), jnp.bfloat16)}
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    frozen, lora_params = jax.eval_shape(lambda key, p: lora.split(key, p, {"w": lora.LoRA(rank=8)}), key, params)
+    y = jax.eval_shape(
+        lambda f, lp, x: lora.lift(lambda p, x: x @ p["w"])(lora.attach(f, lp), x),
+        frozen,
+        lora_params,
+        jax.ShapeDtypeStruct((4, 100_000), jnp.bfloat16),
+    )
+    assert (y.shape, y.dtype) == ((4, 200_000), jnp.bfloat16)
+    assert lora.summary(frozen, lora_params).trained == 8 * 300_000
+
+
+def test_double_precision():
+    with jax.enable_x64():
+        params = jax.tree.map(lambda x: x.astype(jnp.float64), PARAMS)
+        rules = {".*": lora.LoRA(rank=2, dtype="float64")}
+        frozen, lora_params = lora.split(jax.random.key(0), params, rules)
+        lora_params, x = randomized(lora_params, 0.2), X.astype(jnp.float64)
+        found = jax.grad(lambda lp: loss(model)(lora.merge(frozen, lp), x))(lora_params)
+        expected = jax.grad(lambda lp: loss(lora.lift(model))(lora.attach(frozen, lp), x))(lora_params)
+        worst = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max() / jnp.abs(b).max()), found, expected)
+        assert 0 < max(jax.tree.leaves(worst)) < 1e-13
+
+
+ATTACHED = lora.attach(FROZEN, LORA_PARAMS)
+
+
+def test_attached_trees_are_arguments_of_jit():
+    expected = merged(LORA_PARAMS, X)
+    traces = []
+
+    @jax.jit
+    def run(attached, x):
+        traces.append(1)
+        return lora.lift(model)(attached, x)
+
+    assert error(run(ATTACHED, X), expected) < 1e-5
+    run(lora.attach(FROZEN, INITIAL), X)
+    assert len(traces) == 1
+    inner = lora.lift(jax.jit(model))
+    assert error(inner(ATTACHED, X), expected) < 1e-5
+
+
+def test_arguments_of_any_kind_pass_through():
+    class Config:
+        scale = 2.0
+
+    @lora.lift
+    def fun(x, *, name, params, flag=True, config=None, activation=jnp.tanh, sizes=(), count=1):
+        assert name == "a name"
+        assert flag is False
+        assert sizes == [3, "four", None]
+        for _ in range(count):
+            x = activation(x @ params["up"]) @ params["down"] * config.scale
+        return x
+
+    keywords = {"name": "a name", "flag": False, "config": Config(), "sizes": [3, "four", None], "count": 2}
+    found = fun(X, params=ATTACHED, **keywords)
+    assert error(found, fun(X, params=lora.merge(FROZEN, LORA_PARAMS), **keywords)) < 1e-5
+
+
+def test_several_attached_trees():
+    found = lora.lift(lambda a, x, b: model(a, x) - model(b, x))(ATTACHED, X, b=ATTACHED)
+    assert not found.any()
+
+
+def test_results_of_any_kind_pass_through():
+    @lora.lift
+    def fun(params, x):
+        y = x @ params["up"]
+        return {"y": y, "name": "a name", "none": None, "n": 3, "array": np.arange(3), "fun": jnp.tanh, "same": params}
+
+    out = fun(ATTACHED, X)
+    assert (out["name"], out["none"], out["n"], out["fun"]) == ("a name", None, 3, jnp.tanh)
+    assert isinstance(out["array"], np.ndarray)
+    assert error(out["y"], X @ lora.merge(FROZEN, LORA_PARAMS)["up"]) < 1e-5
+    assert error(lora.lift(model)(out["same"], X), merged(LORA_PARAMS, X)) < 1e-5
+
+
+def test_a_view_that_is_returned_stays_factored():
+    """So a tree may be prepared by one function, cast or transposed, and used by another."""
+    half = lora.lift(lambda params: jax.tree.map(lambda w: (0.5 * w).T, params))(ATTACHED)
+    assert isinstance(half["up"], lora.Factored)
+    found = lora.lift(lambda params, x: x @ params["up"].T)(half | {"down": FROZEN["down"]}, X)
+    assert error(found, 0.5 * X @ lora.merge(FROZEN, LORA_PARAMS)["up"]) < 1e-5
+
+
+def test_nested():
+    @lora.lift
+    def outer(params, x):
+        return lora.lift(model)(params, x)
+
+    assert error(outer(ATTACHED, X), merged(LORA_PARAMS, X)) < 1e-5
+
+
+def test_plain_trees_need_no_lifting():
+    np.testing.assert_array_equal(lora.lift(model)(PARAMS, X), model(PARAMS, X))
+
+
+def test_it_keeps_the_function_s_name():
+    assert lora.lift(model).__name__ == "model"
+
+
+def test_bfloat16_stays_bfloat16():
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    frozen, lora_params = lora.split(jax.random.key(0), params, {".*": lora.LoRA(rank=2)})
+    jaxpr = jax.make_jaxpr(lora.lift(model))(lora.attach(frozen, lora_params), X.astype(jnp.bfloat16))
+    assert [aval.dtype for aval in jaxpr.out_avals] == [jnp.bfloat16]
+    wide = [v.aval for eqn in jaxpr.eqns for v in eqn.outvars if v.aval.dtype == jnp.float32]
+    assert all(aval.size <= 2 * 16 for aval in wide), wide  # factors alone, before they are cast
+
+
+def test_float32_accumulation_is_kept():
+    params = {"w": PARAMS["up"].astype(jnp.bfloat16)}
+    frozen, lora_params = lora.split(jax.random.key(0), params, {"w": lora.LoRA(rank=2)})
+
+    def fun(params, x):
+        return jnp.dot(x, params["w"], preferred_element_type=jnp.float32)
+
+    assert lora.lift(fun)(lora.attach(frozen, lora_params), X.astype(jnp.bfloat16)).dtype == jnp.float32
+
+
+def test_the_base_ran_first():
+    """A warm jit cache changes nothing: factors get their gradients."""
+    jitted = jax.jit(model)
+    jitted(PARAMS, X)
+    grads = jax.grad(lambda lp: loss(lora.lift(jitted))(lora.attach(FROZEN, lp), X))(LORA_PARAMS)
+    assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(grads))
