@@ -23,8 +23,8 @@ lora_jax.load), results.json, and figure.png.
 
 examples:
   lora-jax demo                         the whole comparison
-  lora-jax demo --quick                 every part of it, in a minute; learns nothing
-  lora-jax demo --full                  full fine-tuning too, two minutes more
+  lora-jax demo --quick                 all of it in a minute, too short to learn
+  lora-jax demo --full                  full fine-tuning too, in two more minutes
   lora-jax demo --rank 2 --seed 1       a smaller adapter, another draw
   lora-jax demo --model ~/bert-base     a BERT of yours
   lora-jax demo --model hf://google-bert/bert-base-uncased
@@ -105,9 +105,9 @@ def _add_demo(commands: Any) -> None:
     option = parser.add_argument
     option("--model", metavar="DIR", help="a BERT encoder in Hugging Face's layout, or hf://NAME to download one")
     option("--out", metavar="DIR", type=Path, default=Path("demo"), help="where results go (default: %(default)s)")
-    option("--seed", type=_whole(0), default=0, help="of all that is random (default: %(default)s)")
-    option("--steps", type=_whole(1), help="training steps of 32 sentences each (default: 300; 20 with --quick)")
-    option("--rank", type=_whole(1), default=8, help="of A and B (default: %(default)s)")
+    option("--seed", metavar="N", type=_whole(0), default=0, help="for all that is random (default: %(default)s)")
+    option("--steps", metavar="N", type=_whole(1), help="of 32 sentences each (default: 300; with --quick 20)")
+    option("--rank", metavar="N", type=_whole(1), default=8, help="LoRA's rank (default: %(default)s)")
     option("--full", action="store_true", help="full fine-tuning too")
     option("--quick", action="store_true", help="few sentences and few steps, to see that it works")
     option("--no-figure", action="store_true", help="no figure.png, for which matplotlib is needed")

@@ -1,9 +1,9 @@
-"""The demo over several seeds, full fine-tuning included: python experiments/demo/run.py [SEED ...]."""
+"""The demo over several seeds: python experiments/demo/run.py [--full] [SEED ...]; adds to results.json."""
 
+import argparse
 import json
 import os
 import platform
-import sys
 import tempfile
 from pathlib import Path
 
@@ -13,11 +13,15 @@ FILE = Path(__file__).parent / "results.json"
 MACHINE = f"{os.cpu_count()} CPU cores, {platform.machine()}"
 
 
-def main(seeds):
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("seeds", metavar="SEED", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--full", action="store_true", help="full fine-tuning too")
+    arguments = parser.parse_args()
     pretrained = encoder.load()
-    for seed in seeds:
+    for seed in arguments.seeds:
         with tempfile.TemporaryDirectory() as folder, report.progress() as watch:
-            found = job.run(job.Settings(seed=seed, full=True), pretrained, Path(folder), watch)
+            found = job.run(job.Settings(seed=seed, full=arguments.full), pretrained, Path(folder), watch)
             report.write(found, Path(folder) / "results.json")
             run = json.loads((Path(folder) / "results.json").read_text())
         report.show(found)
@@ -29,4 +33,4 @@ def main(seeds):
 
 
 if __name__ == "__main__":
-    main([int(seed) for seed in sys.argv[1:]] or [0, 1, 2])
+    main()

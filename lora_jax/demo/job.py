@@ -15,9 +15,10 @@ import optax
 import lora_jax as lora
 from lora_jax import tree
 from lora_jax.demo import corpus
-from lora_jax.demo.batches import Batch, Bucket, apply, draw, encode, labels
+from lora_jax.demo.batches import apply, draw, encode, labels
 from lora_jax.demo.encoder import Encoder
-from lora_jax.models.classifier import Classifier, add_head, mean_pool
+from lora_jax.demo.task import Task
+from lora_jax.models.classifier import add_head
 
 HEAD = r".*/head/.*"
 PROBE_STEPS = 1000  # over all training sentences at once: where its loss has stopped falling
@@ -113,42 +114,6 @@ class Report(NamedTuple):
     verdicts: list[tuple[corpus.Example, float]]
 
 
-class Task(NamedTuple):
-    """The classifier, its parameters with a fresh head, and the data to train and to test on."""
-
-    model: Classifier
-    params: Any
-    train: list[Bucket]
-    test: list[Bucket]
-    train_labels: np.ndarray
-    test_labels: np.ndarray
-
-    def logits(self, params: Any, batch: Batch) -> jax.Array:
-        """Logits [B, 2]: as written, swapped."""
-        logits: Any = self.model.apply(params, batch["input_ids"], batch["attention_mask"])
-        return logits
-
-    def features(self, params: Any, batch: Batch) -> jax.Array:
-        """What the head sees: the mean of the encoder's hidden states, [B, D]."""
-        encoder, mask = {"params": params["params"]["encoder"]}, batch["attention_mask"]
-        hidden: Any = self.model.encoder.apply(encoder, batch["input_ids"], mask)
-        return mean_pool(hidden, mask)
-
-    def loss(self, params: Any, batch: Batch) -> jax.Array:
-        """Mean cross-entropy in nats."""
-        return cross_entropy(self.logits(params, batch), batch["labels"])
-
-    def loss_of_head(self, params: Any, batch: dict[str, Any]) -> jax.Array:
-        """The same from features that are known already: all that it reads of the parameters is the head."""
-        head = params["params"]["head"]
-        return cross_entropy(batch["features"] @ head["kernel"] + head["bias"], batch["labels"])
-
-
-def cross_entropy(logits: jax.Array, labels: Any) -> jax.Array:
-    """The batch's mean, in nats."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
 class Trained(NamedTuple):
     """What training leaves."""
 
@@ -179,11 +144,11 @@ def run(settings: Settings, pretrained: Encoder, out: Path, watch: Watch) -> Rep
         file = lora.save(out / f"{contender.file}.safetensors", trained.lora_params)
         merged = apply(logits, lora.merge(trained.frozen, trained.lora_params), task.test)
         result = judge(contender, task, trained, merged, file, seconds)
-        watch(contender.name, len(trained.losses), len(trained.losses), f"{result.accuracy:.1%} right")
         results.append(result)
         if contender is ALL:
             agreements = compare(task, trained, lora.load(file), merged)
             verdicts = list(zip(test, jax.nn.softmax(merged)[:, 1].tolist(), strict=True))
+        watch(contender.name, len(trained.losses), len(trained.losses), f"{result.accuracy:.1%} right")
     return Report(pretrained.name, settings, (len(train), len(test)), results, agreements, verdicts)
 
 
@@ -258,8 +223,8 @@ def compare(task: Task, trained: Trained, loaded: Any, merged: np.ndarray) -> li
     """The merged model's logits on the test sentences, against the lifted one's and those of the adapter's file."""
     lifted = jax.jit(lora.lift(task.logits))
     others = {
-        "lifted, W and A B apart": apply(lifted, lora.attach(trained.frozen, trained.lora_params), task.test),
-        "lifted, adapter read from its file": apply(lifted, lora.attach(task.params, loaded), task.test),
+        "lifted": apply(lifted, lora.attach(trained.frozen, trained.lora_params), task.test),
+        "saved, loaded, lifted": apply(lifted, lora.attach(task.params, loaded), task.test),
     }
     return [
         Agreement(name, float(np.abs(logits - merged).max()), int(np.sum(logits.argmax(-1) != merged.argmax(-1))))

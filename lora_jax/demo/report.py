@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from lora_jax.demo.job import Report, Result, Watch
+from lora_jax.demo.job import PROBE, Report, Result, Watch
 
 EXAMPLES = 6
 SMOOTHING = 20  # steps, of the loss curves
@@ -57,12 +57,12 @@ def show(report: Report) -> None:
     console.print(f"  trained on  {train:,} sentences of Python's documentation, half of them swapped")
     console.print(f"  tested on   {test:,} from other files, half of them swapped\n")
     console.print(_table(report.results))
-    console.print("\nLoRA on all linear layers, run in other ways than with its weights merged:\n")
+    console.print("\nLoRA, all linear, beside the same merged into the weights:\n")
     for agreement in report.agreements:
         labels = f"{agreement.labels} labels differ" if agreement.labels else "all labels equal"
-        console.print(f"  {agreement.name:<34}  logits at most {agreement.difference:.1e} apart, {labels}")
-    console.print("\nHow probable it finds it that these test sentences have been swapped:\n")
-    short = [(example, p) for example, p in report.verdicts if len(example.text) <= 60]
+        console.print(f"  {agreement.name:<21}  logits differ by {agreement.difference:.1e} at most, {labels}")
+    console.print("\nIts probability that a test sentence has been swapped, and whether it is right:\n")
+    short = [(example, p) for example, p in report.verdicts if len(example.text) <= 62]
     for example, p in short[:EXAMPLES]:
         console.print(f"  {p:4.0%}  {'right' if (p > 0.5) == example.swapped else 'wrong'}  {example.text}")
 
@@ -75,19 +75,19 @@ def _table(results: Sequence[Result]) -> Table:
     for result in results:
         cells = [f"{result.accuracy:.1%}"]
         if result.trained:
-            sizes = [megabytes(result.optimizer_bytes), megabytes(result.file_bytes)]
+            sizes = [size(result.optimizer_bytes), size(result.file_bytes)]
             cells += [f"{result.trained:,}", f"{result.share:.2%}", *sizes, f"{result.seconds:.0f} s"]
         table.add_row(result.name, *cells)
     return table
 
 
-def megabytes(count: int) -> str:
+def size(count: int) -> str:
     """Bytes for people.
 
-    >>> megabytes(2_660_388)
-    '2.66 MB'
+    >>> size(2_660_388), size(3_688)
+    ('2.66 MB', '3.69 kB')
     """
-    return f"{count / 1e6:.3g} MB" if count >= 1e5 else f"{count / 1e3:.3g} kB"
+    return f"{count / 1e6:.3g} MB" if count >= 1e6 else f"{count / 1e3:.3g} kB"
 
 
 def write(report: Report, file: Path) -> None:
@@ -113,7 +113,7 @@ def draw(report: Report, file: Path) -> None:
     colors = {result.name: f"C{i}" for i, result in enumerate(report.results[1:])}
 
     for result in report.results:
-        if len(result.losses) == report.settings.steps:  # the probe's steps are of another kind: all sentences at once
+        if result.losses and result.name != PROBE.name:  # whose steps are of another kind: all sentences at once
             window = 1 + min(SMOOTHING, len(result.losses) // 5)
             smooth = np.convolve(result.losses, np.full(window, 1 / window), mode="valid")
             left.plot(result.losses, color=colors[result.name], alpha=0.2, linewidth=0.8)
