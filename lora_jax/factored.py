@@ -186,7 +186,7 @@ def materialize(value: Factored) -> jax.Array:
     Returns:
       An array of `value.shape` and `value.dtype`.
     """
-    wide = jnp.result_type(*(array.dtype for term in value.terms for array in term.operands))
-    wide = value.dtype if len(value.terms) == 1 else jnp.promote_types(value.dtype, wide)
+    dtypes = {value.dtype, *(array.dtype for term in value.terms[1:] for array in term.operands)}
+    wide = value.dtype if len(dtypes) == 1 else max(dtypes | {jnp.dtype("float32")}, key=lambda dtype: dtype.itemsize)
     terms = [contract(term.at(wide), value.axes, precision=lax.Precision.HIGHEST) for term in value.terms]
     return reshape(functools.reduce(jnp.add, terms).astype(value.dtype), value.shape)

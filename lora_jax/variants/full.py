@@ -41,7 +41,10 @@ class Full(Variant):
 
     def apply(self, base: Factored, factors: Factors, site: Site) -> jax.Array:
         """The factor, in the leaf's dtype."""
-        return factors["weight"].astype(base.dtype)
+        weight = factors["weight"]
+        if weight.shape != base.shape:
+            raise ValueError(f"{base.path!r} {base.shape}: a factor of shape {weight.shape} does not fit")
+        return weight.astype(base.dtype)
 
     def labels(self) -> dict[str, str]:
         """One label, "weight"."""
