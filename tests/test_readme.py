@@ -20,7 +20,7 @@ def test_the_readme_s_code(tmp_path, monkeypatch):
     for language, block in blocks:
         if language == "python":
             with contextlib.redirect_stdout(io.StringIO()) as out:
-                exec(compile(block, str(README), "exec"), namespace)
+                exec(compile(block, "model.py", "exec"), namespace)
             printed = out.getvalue()
         elif language == "text":
             assert printed == block
