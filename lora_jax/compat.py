@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -51,10 +52,12 @@ def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-def context(eqn: Any) -> Any:
-    """A context manager under which new equations carry the old one's name stack and line in the user's source."""
+@contextlib.contextmanager
+def context(eqn: Any) -> Iterator[None]:
+    """New equations get the old one's names, its line in the user's source, and the settings it was traced under."""
     names = source_info_util.current_name_stack() + eqn.source_info.name_stack
-    return source_info_util.user_context(eqn.source_info.traceback, name_stack=names)
+    with source_info_util.user_context(eqn.source_info.traceback, name_stack=names), eqn.ctx.manager:
+        yield
 
 
 def where(eqn: Any) -> str:
@@ -96,3 +99,8 @@ def is_zero(tangent: Any) -> bool:
 def instantiate(tangent: Any) -> Any:
     """A tangent as an array."""
     return jnp.zeros(tangent.shape, tangent.dtype) if is_zero(tangent) else tangent
+
+
+def varying(array: Any) -> frozenset[str]:
+    """The mesh axes that an array varies over, inside shard_map."""
+    return frozenset(jax.typeof(array).manual_axis_type.varying)

@@ -144,3 +144,29 @@ def test_factors_depend_on_key_and_path_alone(model):
     np.testing.assert_array_equal(alone[path].factors["A"], lora_params[path].factors["A"])
     drawn = [np.asarray(a.factors["A"]).ravel()[:5].tolist() for a in lora_params.values()]
     assert len({tuple(x) for x in drawn}) == len(drawn)
+
+
+@pytest.mark.parametrize("model", FLOAT32)
+def test_full_is_training_the_leaves_themselves(model):
+    """Laws 1 and 2 for Full, on leaves of any shape; by its nature it forms W, and `unmerge` refuses it."""
+    loss, params, batch = ZOO[model]()
+    sites = lora.sites(loss, params, *batch)
+    rules = {".*": lora.Full()} if model != "equinox" else {".*(weight|bias)": lora.Full()}
+    frozen, lora_params = lora.split(jax.random.key(0), params, rules, sites=sites)
+    trained, treedef = lora.tree.flatten(params)
+    plain = {path: trained[path] for path in lora_params}
+
+    def whole(plain):
+        return loss(lora.tree.unflatten(treedef, {**trained, **plain}), *batch)
+
+    value, grads = jax.jit(jax.value_and_grad(lifted_loss(loss, frozen, batch)))(lora_params)
+    expected, plain_grads = jax.jit(jax.value_and_grad(whole))(plain)
+    assert float(value) == pytest.approx(float(expected), rel=1e-6)
+    assert error({path: adapter.factors["weight"] for path, adapter in grads.items()}, plain_grads) < 1e-5
+    assert not lora.Full.invertible
+
+
+def test_every_variant_is_held_to_the_laws():
+    assert {type(variant).__name__ for variant in VARIANTS.values()} | {"Full"} == {
+        name for name, cls in lora.Variant.registry.items() if cls.__module__.startswith("lora_jax.")
+    }
