@@ -30,6 +30,19 @@ def main():
         runs = json.loads(FILE.read_text()) if FILE.exists() else {}
         runs[f"Python {run['versions']['python']}, seed {seed}"] = {"machine": MACHINE, **run}
         FILE.write_text(json.dumps(dict(sorted(runs.items())), indent=1) + "\n")
+    print(table(json.loads(FILE.read_text())))
+
+
+def table(runs):
+    """The README's: a line for each run, and in each cell accuracy and seconds."""
+    names = list(dict.fromkeys(result["name"] for run in runs.values() for result in run["results"]))
+    lines = ["| run | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
+    for title, run in runs.items():
+        cells = {
+            r["name"]: f"{r['accuracy']:.1%}" + f" ({r['seconds']:.0f} s)" * (r["trained"] > 0) for r in run["results"]
+        }
+        lines.append(f"| {title} | " + " | ".join(cells.get(name, "–") for name in names) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

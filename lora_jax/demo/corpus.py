@@ -11,6 +11,7 @@ import functools
 import hashlib
 import re
 import sysconfig
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -63,7 +64,7 @@ def load(seed: int, limit: int | None = None) -> tuple[list[Example], list[Examp
 
 
 @functools.cache
-def collect() -> list[tuple[str, str]]:
+def collect() -> tuple[tuple[str, str], ...]:
     """Every sentence once, with the first file that has it."""
     found: dict[str, tuple[str, str]] = {}
     for file, text in documents():
@@ -74,7 +75,7 @@ def collect() -> list[tuple[str, str]]:
             f"only {len(found)} sentences in {sysconfig.get_path('stdlib')}: the demo reads the docstrings of the "
             "standard library, so take a Python that comes with its .py files"
         )
-    return list(found.values())
+    return tuple(found.values())
 
 
 def documents() -> Iterator[tuple[str, str]]:
@@ -99,7 +100,8 @@ def docstrings(source: bytes | str) -> list[str]:
     """
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     try:
-        nodes = list(ast.walk(ast.parse(source)))
+        with warnings.catch_warnings(action="ignore"):  # of escapes in other people's strings
+            nodes = list(ast.walk(ast.parse(source)))
     except (SyntaxError, ValueError):  # templates, and samples of what must not parse
         return []
     return [text for node in nodes if isinstance(node, kinds) and (text := ast.get_docstring(node))]
