@@ -70,7 +70,8 @@ def split(
     >>> {name: a.shape for name, a in lora_params["dense/kernel"].factors.items()}
     {'A': (64, 4), 'B': (4, 32)}
     """
-    leaves, treedef = tree.flatten(params)
+    leaves, treedef = tree.flatten(params, is_leaf=is_factored)
+    _refuse_attached(leaves)
     arrays = {path: leaf for path, leaf in leaves.items() if tree.is_array(leaf)}
     frozen, lora_params = dict(leaves), LoraParams()
     for path, chosen in _chosen(rules, arrays, sites).items():
@@ -122,7 +123,9 @@ def merge(params: Any, lora_params: Mapping[str, Adapter]) -> Any:
         none can be looked at.
     """
     leaves, treedef = tree.flatten(params, is_leaf=is_factored)
-    merged = {path: materialize(x) if is_factored(x) else x for path, x in _applied(leaves, lora_params).items()}
+    applied = _applied(leaves, lora_params)
+    # A factor that takes the leaf's place is copied, so that merged weights outlive a donated lora_params.
+    merged = {path: materialize(x) if is_factored(x) else jnp.array(x, copy=True) for path, x in applied.items()}
     _check_finite(merged, leaves)
     return tree.unflatten(treedef, {**leaves, **merged})
 
@@ -153,12 +156,13 @@ def unmerge(params: Any, lora_params: Mapping[str, Adapter]) -> Any:
 
 
 def _negated(value: Factored) -> Factored:
-    base, *rest = value.terms
-    return dataclasses.replace(value, terms=(base, *(dataclasses.replace(t, scale=-t.scale) for t in rest)))
+    deltas = tuple(dataclasses.replace(delta, scale=-delta.scale) for delta in value.deltas)
+    return dataclasses.replace(value, deltas=deltas)
 
 
 def _applied(leaves: Mapping[str, Any], lora_params: Mapping[str, Adapter]) -> dict[str, Any]:
     """What each adapter makes of its leaf."""
+    _refuse_attached(leaves)
     missing = [path for path in lora_params if path not in leaves]
     if missing:
         raise ValueError(
@@ -168,8 +172,10 @@ def _applied(leaves: Mapping[str, Any], lora_params: Mapping[str, Adapter]) -> d
     applied = {}
     for path, adapter in lora_params.items():
         leaf = leaves[path]
-        if is_factored(leaf):
-            raise ValueError(f"{path!r} is attached already: attach to the frozen tree, or merge first")
+        if not is_adapter(adapter):
+            raise ValueError(
+                f"lora_params has {adapter!r} at {path!r}, which is no Adapter: give what `split` returned"
+            )
         if not tree.is_array(leaf) or tuple(leaf.shape) != adapter.site.shape:
             found = leaf.shape if tree.is_array(leaf) else type(leaf).__name__
             raise ValueError(
@@ -178,6 +184,12 @@ def _applied(leaves: Mapping[str, Any], lora_params: Mapping[str, Adapter]) -> d
             )
         applied[path] = adapter.variant.apply(Factored.of(leaf, path), adapter.factors, adapter.site)
     return applied
+
+
+def _refuse_attached(leaves: Mapping[str, Any]) -> None:
+    for path, leaf in leaves.items():
+        if is_factored(leaf):
+            raise ValueError(f"{path!r} is attached already: use the frozen tree, or merge first")
 
 
 def _check_finite(results: Mapping[str, Any], before: Mapping[str, Any]) -> None:
@@ -198,6 +210,8 @@ def _chosen(rules: Rules, arrays: Mapping[str, Any], sites: Mapping[str, Site] |
     if callable(rules):
         known = {path: (sites or {}).get(path, _by_shape(leaf)) for path, leaf in arrays.items()}
         answers = {path: rules(path, known[path]) for path in arrays}
+    elif not isinstance(rules, Mapping):
+        raise ValueError(f"rules are a mapping from pattern to variant, or a callable (path, site), not {rules!r}")
     else:
         answers = {path: rules[pattern] for path, pattern in _first_matches(rules, arrays).items()}
     for path, answer in answers.items():
@@ -214,15 +228,19 @@ def _first_matches(rules: Mapping[str, Any], paths: Iterable[str]) -> dict[str, 
     for pattern in rules:
         try:
             compiled = re.compile(pattern)
-        except re.error as error:
+        except (re.error, TypeError) as error:
             raise ValueError(f"the rule {pattern!r} is no regular expression: {error}") from error
         matched = [path for path in paths if compiled.fullmatch(path)]
         if not matched:
             inside = [path for path in paths if compiled.search(path)]
-            hint = f"; it matches a part of {inside[0]!r}: try {'.*' + pattern + '.*'!r}" if inside else ""
+            hint = f"; it matches a part of {inside[0]!r}: try {'.*' + compiled.pattern + '.*'!r}" if inside else ""
             raise ValueError(
                 f"the rule {pattern!r} matches no path (a rule matches whole paths)"
-                + (hint or tree.close_to(pattern, paths) or f"; the paths are {', '.join(list(paths)[:5])} ...")
+                + (
+                    hint
+                    or tree.close_to(compiled.pattern, paths)
+                    or f"; the paths are {', '.join(list(paths)[:5])} ..."
+                )
             )
         fresh = [path for path in matched if path not in first]
         if not fresh:

@@ -52,7 +52,9 @@ class Network:
         return [(array.astype(dtype), axes) for array, axes in zip(operands, self.axes, strict=True)]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["terms"], meta_fields=["dims", "dtype", "path"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["base", "deltas"], meta_fields=["dims", "dtype", "path"]
+)
 @dataclasses.dataclass(frozen=True, eq=False)
 class Factored:
     """What `attach` puts at a leaf: base + ΔW, as a sum of networks over the axes of the weight.
@@ -61,23 +63,30 @@ class Factored:
     lifted computes with it.
 
     Attributes:
-      terms: The networks; the first is the base alone.
+      base: The weight as it is, scaled perhaps; None for zero.
+      deltas: The networks whose sum is ΔW.
       dims: For each dimension of the value, the axes it is made of, slowest first. Reshapes and transposes of the
         weight change this and leave the factors alone; an axis that no operand carries is a broadcast.
       dtype: The dtype that the value has, and in which products with it are made.
       path: The leaf's path, for messages.
     """
 
-    terms: tuple[Network, ...]
+    base: Network | None
+    deltas: tuple[Network, ...]
     dims: tuple[Axes, ...]
     dtype: Any
     path: str
 
     @classmethod
     def of(cls, base: Any, path: str) -> Factored:
-        """A leaf as it is: one term, one axis for each dimension, named by its number."""
-        axes = weight_axes(base.shape)
-        return cls((Network((base,), (axes,)),), tuple((axis,) for axis in axes), jnp.dtype(base.dtype), path)
+        """A leaf as it is, one axis for each dimension, named by its number."""
+        axes, dtype = weight_axes(base.shape), jax.dtypes.canonicalize_dtype(base.dtype)
+        return cls(Network((base,), (axes,)), (), tuple((axis,) for axis in axes), dtype, path)
+
+    @property
+    def terms(self) -> tuple[Network, ...]:
+        """All networks that the value is the sum of, the base first."""
+        return self.deltas if self.base is None else (self.base, *self.deltas)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -100,10 +109,21 @@ class Factored:
         return tuple(axis for group in self.dims for axis in group)
 
     @property
+    def whole(self) -> frozenset[Axis]:
+        """The axes that make a product as large as the weight: those of its own, not those it is broadcast over."""
+        carried = {axis for term in self.terms for axes in term.axes for axis in axes}
+        return frozenset(axis for axis in self.axes if axis in carried and axis.size > 1)
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether at most one axis is longer than 1, so that nothing is saved by holding factors apart."""
+        return sum(axis.size > 1 for axis in self.axes) <= 1
+
+    @property
     def stand_in(self) -> Any:
         """An array, or the likes of one, with the shape and type of the value, for tracing: no arithmetic is done."""
-        base = self.terms[0].operands[0]
-        same = len(self.terms[0].operands) == 1 and base.shape == self.shape and base.dtype == self.dtype
+        base = self.base.operands[0] if self.base and len(self.base.operands) == 1 else None
+        same = base is not None and base.shape == self.shape and base.dtype == self.dtype
         return base if same else jax.ShapeDtypeStruct(self.shape, self.dtype)
 
     def add(self, network: Network) -> Factored:
@@ -116,15 +136,20 @@ class Factored:
             if tuple(array.shape) != tuple(axis.size for axis in axes):
                 named = ", ".join(f"{axis.name}: {axis.size}" for axis in axes)
                 raise ValueError(f"{self.path!r} {self.shape}: a factor of shape {array.shape} does not fit ({named})")
-        return dataclasses.replace(self, terms=(*self.terms, network))
+        return dataclasses.replace(self, deltas=(*self.deltas, network))
+
+    def each(self, change: Callable[[Network], Network]) -> Factored:
+        """The value with each network changed; its dims stay."""
+        base = None if self.base is None else change(self.base)
+        return dataclasses.replace(self, base=base, deltas=tuple(change(delta) for delta in self.deltas))
 
     def map(self, change: Callable[[jax.Array, Axes], tuple[jax.Array, Axes]]) -> Factored:
-        """The value with each operand of each network changed; for the dims, see `dataclasses.replace`."""
-        return dataclasses.replace(self, terms=tuple(term.map(change) for term in self.terms))
+        """The value with each operand of each network changed; its dims stay."""
+        return self.each(lambda network: network.map(change))
 
     def times(self, array: jax.Array, axes: Axes) -> Factored:
         """The value multiplied, element by element, by an array over some of its axes."""
-        return dataclasses.replace(self, terms=tuple(term.times(array, axes) for term in self.terms))
+        return self.each(lambda network: network.times(array, axes))
 
     def split(self, axis: Axis, major: int) -> Factored:
         """The value with one axis made two, the first of size `major`, in dims and in operands."""
@@ -159,8 +184,9 @@ class Factored:
     __jax_array__ = __array__ = __getitem__ = __iter__ = __len__ = __float__ = __bool__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = _refuse
     __matmul__ = __rmatmul__ = __pow__ = __lt__ = __gt__ = __le__ = __ge__ = _refuse
-    astype = reshape = transpose = sum = mean = dot = ravel = squeeze = _refuse
-    T = at = property(_refuse)
+    __rmul__ = __floordiv__ = __mod__ = __rpow__ = __abs__ = __int__ = _refuse
+    astype = reshape = transpose = sum = mean = max = min = dot = ravel = squeeze = _refuse
+    T = mT = at = property(_refuse)
 
 
 def is_factored(leaf: Any) -> TypeGuard[Factored]:
@@ -186,7 +212,14 @@ def materialize(value: Factored) -> jax.Array:
     Returns:
       An array of `value.shape` and `value.dtype`.
     """
-    dtypes = {value.dtype, *(array.dtype for term in value.terms[1:] for array in term.operands)}
-    wide = value.dtype if len(dtypes) == 1 else max(dtypes | {jnp.dtype("float32")}, key=lambda dtype: dtype.itemsize)
-    terms = [contract(term.at(wide), value.axes, precision=lax.Precision.HIGHEST) for term in value.terms]
+    dtypes = {jnp.dtype("float32"), value.dtype, *(x.dtype for delta in value.deltas for x in delta.operands)}
+    wide = max(dtypes, key=lambda dtype: dtype.itemsize) if value.deltas else value.dtype
+    return evaluate(value, wide, lax.Precision.HIGHEST)
+
+
+def evaluate(value: Factored, dtype: Any = None, precision: Any = None) -> jax.Array:
+    """The value as an array of its own dtype, computed in `dtype`, or else in its own."""
+    if not value.terms:
+        return jnp.zeros(value.shape, value.dtype)
+    terms = [contract(term.at(dtype or value.dtype), value.axes, precision=precision) for term in value.terms]
     return reshape(functools.reduce(jnp.add, terms).astype(value.dtype), value.shape)

@@ -20,7 +20,7 @@ import numpy as np
 
 from lora_jax import compat
 from lora_jax.contract import Axis
-from lora_jax.factored import Factored, is_factored, materialize
+from lora_jax.factored import Factored, evaluate, is_factored, materialize
 
 F = TypeVar("F", bound=Callable[..., Any])
 Rule = Callable[..., Any]
@@ -116,7 +116,9 @@ class Interpreter:
         handle = RULES.get(eqn.primitive.name, _no_rule)
         out = handle(self, eqn, *operands)
         if out is not NotImplemented:
-            return out if eqn.primitive.multiple_results else [out]
+            results = out if eqn.primitive.multiple_results else [out]
+            before = next(filter(is_factored, operands))
+            return [self.settled(y, before, eqn) if is_factored(y) else y for y in results]
         return compat.bind(eqn, [self.form(x, eqn) if is_factored(x) else x for x in operands])
 
     def where(self, eqn: Any) -> str:
@@ -136,6 +138,22 @@ class Interpreter:
         """Notes that an equation consumes a value; the leaf's dimensions in neither group are batch axes."""
         use = Use(kind, _roots(in_axes), _roots(out_axes), eqn.primitive.name, self.where(eqn))
         self.uses.setdefault(value.path, []).append(use)
+
+    def settled(self, value: Factored, before: Factored, eqn: Any) -> Factored | jax.Array:
+        """A value, or the array that it is once an equation took a vector out of a matrix: a row that was looked up."""
+        if before.is_vector or not value.is_vector:
+            return value
+        if eqn.primitive.name in ("gather", "dynamic_slice"):
+            self.record(value, eqn, "embedding", [axis for axis in before.axes if axis not in value.axes], value.axes)
+        else:
+            self.record(value, eqn, "other", (), ())
+        return evaluate(value)
+
+    def one_of_two(self, eqn: Any, left: Any, right: Any) -> tuple[Any, Any]:
+        """The operands of a product; where both are weights and one is a vector, that one is formed."""
+        if is_factored(left) and is_factored(right) and left.is_vector != right.is_vector:
+            return (self.form(left, eqn), right) if left.is_vector else (left, self.form(right, eqn))
+        return left, right
 
     def form(self, value: Factored, eqn: Any) -> jax.Array:
         """The whole matrix, for an equation that cannot do without it.
@@ -180,8 +198,9 @@ def lift(
 
     W + ΔW is not formed: activations are multiplied by the base and by the small factors. Any argument, positional or
     keyword, may hold Factored leaves; all others (arrays, strings, flags, None, callables) reach the function as they
-    are. Without any Factored leaf the function is called as it is. Works bare and as a decorator, under and over
-    `jax.jit`, `jax.grad`, `jax.vmap`, `jax.checkpoint` and their kin.
+    are, and what it does with arrays is traced, as under `jax.jit`. Without any Factored leaf the function is called as
+    it is. Works bare and as a decorator, under and over `jax.jit`, `jax.grad`, `jax.vmap`, `jax.checkpoint` and their
+    kin. A call traces the function: put it under `jax.jit`, as one would any other.
 
     Args:
       fun: A function of any pytrees, that returns any pytree.

@@ -38,6 +38,8 @@ def optimizer(
     384
     """
     if isinstance(tx, Mapping):
+        if FROZEN in tx:
+            raise ValueError(f"the label {FROZEN!r} is that of what does not train: give it no transform")
         return _multi(dict(tx), lambda label: label)
     return _multi({"trained": tx}, lambda label: "trained")
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lora_jax import tree
 from lora_jax.contract import Axes
@@ -82,7 +83,8 @@ def sites(fun: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> di
     w linear (0,) (1,) (2,)
     """
     leaves, treedef = tree.flatten(params)
-    weights = {path: leaf for path, leaf in leaves.items() if tree.is_array(leaf)}
+    arrays = {path: leaf for path, leaf in leaves.items() if tree.is_array(leaf)}
+    weights = {path: leaf for path, leaf in arrays.items() if not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)}
     rest, rest_treedef = jax.tree.flatten((args, kwargs))
     absent = {i: leaf for i, leaf in enumerate(rest) if isinstance(leaf, jax.ShapeDtypeStruct)}
     interpreter = Interpreter(allow=True)
@@ -93,13 +95,18 @@ def sites(fun: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> di
         interpreter.run(fun, (tree.unflatten(treedef, {**leaves, **probes}), *args), kwargs)
 
     jax.eval_shape(trace, weights, absent)
-    return {path: _site(tuple(leaf.shape), interpreter.uses.get(path, ())) for path, leaf in weights.items()}
+    return {
+        path: _site(
+            tuple(leaf.shape), interpreter.uses.get(path, ()), path in interpreter.returned or path not in weights
+        )
+        for path, leaf in arrays.items()
+    }
 
 
-def _site(shape: tuple[int, ...], uses: Sequence[Use]) -> Site:
+def _site(shape: tuple[int, ...], uses: Sequence[Use], handed_on: bool) -> Site:
     adaptable = [use for use in uses if use.in_axes and set(use.out_axes) - set(use.in_axes)]
     if not adaptable:
-        return Site(shape, "other" if uses else "unused", uses=tuple(uses))
+        return Site(shape, "other" if uses or handed_on else "unused", uses=tuple(uses))
     use = adaptable[0]
     outer = tuple(d for d in use.out_axes if d not in use.in_axes)
     batch = tuple(d for d in range(len(shape)) if d not in (*use.in_axes, *outer))

@@ -40,7 +40,7 @@ class Summary:
     @property
     def share(self) -> float:
         """Trained numbers over the base's."""
-        return self.trained / self.total
+        return self.trained / max(self.total, 1)
 
     def __str__(self) -> str:
         """The table, one line for each leaf, under 100 columns where the paths allow."""
@@ -101,7 +101,7 @@ def summary(params: Any, lora_params: Mapping[str, Adapter]) -> Summary:
         labels = adapter.variant.labels()
         size = sum(array.size for name, array in adapter.factors.items() if labels[name] != FROZEN)
         rank = getattr(adapter.variant, "rank", None)
-        share = size / leaves[path].size
+        share = size / max(leaves[path].size, 1)
         rows.append(Row(path, adapter.site.shape, type(adapter.variant).__name__, rank, size, share))
     total = sum(leaf.size for leaf in leaves.values() if tree.is_array(leaf))
     return Summary(tuple(rows), sum(row.parameters for row in rows), total)

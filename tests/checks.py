@@ -12,7 +12,18 @@ import jax.numpy as jnp
 import lora_jax as lora
 
 # Equations that show a weight from another side. A broadcast is none of them: zeros of a weight's shape are one.
-VIEWS = {"slice", "squeeze", "reshape", "transpose", "convert_element_type", "dynamic_slice", "gather", "copy"}
+VIEWS = {
+    "slice",
+    "squeeze",
+    "reshape",
+    "transpose",
+    "convert_element_type",
+    "dynamic_slice",
+    "gather",
+    "rev",
+    "copy",
+    "optimization_barrier",
+}
 
 
 def randomized(lora_params: Any, scale: float = 0.1) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +53,12 @@ SPLIT = {
     "rank above": ({"dense/kernel": lora.LoRA(rank=5)}, r"'dense/kernel' \(6, 4\) .*rank 5 is above 4"),
     "integers": ({"steps": RANK_2}, r"'steps' is int32\[3, 3\], and only floating-point leaves train"),
     "unknown init": ({"dense/kernel": lora.LoRA(rank=2, init="zero")}, r"init='zero' is none of normal, uniform"),
+    "an init of another shape": (
+        {"dense/kernel": lora.LoRA(rank=2, init=lambda key, shape, dtype: jnp.ones(3))},
+        r"'dense/kernel' .*init returned an array of shape \(3,\) for A, which is \(6, 2\)",
+    ),
+    "a variant alone": (RANK_2, r"rules are a mapping from pattern to variant, or a callable \(path, site\), not LoRA"),
+    "a compiled pattern": ({re.compile("kernel"): RANK_2}, r"matches a part of 'dense/kernel': try '\.\*kernel\.\*'"),
     "nothing adapted": (lambda path, site: None, r"adapt no leaf, so nothing would train"),
 }
 
@@ -125,6 +133,21 @@ def test_adapters_of_another_model():
     _, lora_params = adapted()
     with pytest.raises(ValueError, match=r"'dense/kernel' first: .*another model; close matches: Dense_0/kernel"):
         lora.merge({"Dense_0": {"kernel": jnp.ones((6, 4))}}, lora_params)
+
+
+def test_adapters_that_are_none():
+    with pytest.raises(ValueError, match="lora_params has 3 at 'dense/kernel', which is no Adapter"):
+        lora.attach(PARAMS, {"dense/kernel": 3})
+
+
+def test_a_plan_cannot_be_copied():
+    with pytest.raises(ValueError, match=r"'w' .*Full copies the leaf, and this one has no values"):
+        lora.split(KEY, {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}, {"w": lora.Full()})
+
+
+def test_splitting_what_is_attached():
+    with pytest.raises(ValueError, match="'dense/kernel' is attached already: use the frozen tree, or merge first"):
+        lora.split(KEY, lora.attach(*adapted()), {"dense/kernel": RANK_2})
 
 
 def test_attached_twice():
@@ -207,5 +230,7 @@ def test_an_optimizer_without_adapters():
     with pytest.raises(ValueError, match="holds no Adapter, so nothing would train"):
         lora.optimizer(optax.sgd(0.1)).init(PARAMS)
     _, lora_params = adapted()
+    with pytest.raises(ValueError, match="the label 'frozen' is that of what does not train"):
+        lora.optimizer({"frozen": optax.sgd(0.1)})
     with pytest.raises(ValueError, match=r"LoRA has factors labelled \['B'\], for which there is no transform among"):
         lora.optimizer({"A": optax.sgd(0.1)}).init(lora_params)

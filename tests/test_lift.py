@@ -87,6 +87,17 @@ TRANSFORMS = {
 }
 
 
+def test_bfloat16_merges_round_once():
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = {"w": (64, 48), "A": (64, 4), "B": (4, 48)}
+    w, a, b = (jax.random.normal(k, s).astype(jnp.bfloat16) for k, s in zip(keys, shapes.values(), strict=True))
+    frozen, lora_params = lora.split(keys[0], {"w": w}, {"w": lora.LoRA(rank=4, dtype="bfloat16")})
+    lora_params["w"].factors.update(A=a, B=b)
+    wide = [x.astype(jnp.float32) for x in (w, a, b)]
+    exact = wide[0] + jnp.matmul(wide[1], wide[2], precision="highest")
+    np.testing.assert_array_equal(lora.merge(frozen, lora_params)["w"], exact.astype(jnp.bfloat16))
+
+
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_lifted_equals_merged_under(transform):
     found, expected = (TRANSFORMS[transform](f) for f in (lifted, merged))

@@ -60,6 +60,15 @@ def test_the_bytes_are_reproducible(tmp_path):
     assert (tmp_path / "third").read_bytes() == first
 
 
+def test_arrays_in_any_memory_order(tmp_path):
+    (path, adapter), *_ = lora.split(jax.random.key(0), {"w": jnp.ones((8, 4))}, {"w": lora.LoRA(2)})[1].items()
+    a, b = np.arange(16.0, dtype=np.float32).reshape(2, 8).T, np.arange(8.0, dtype=np.float32).reshape(2, 4)[:, ::-1]
+    strided = {path: dataclasses.replace(adapter, factors={"A": a, "B": b})}
+    factors = lora.load(lora.save(tmp_path / "adapter", strided))[path].factors
+    np.testing.assert_array_equal(factors["A"], a)
+    np.testing.assert_array_equal(factors["B"], b)
+
+
 def test_what_is_there_survives_a_failure(tmp_path, monkeypatch):
     path = lora.save(tmp_path / "adapter", LORA_PARAMS)
     before = path.read_bytes()
@@ -103,6 +112,9 @@ BROKEN = {
         r"'dense/kernel' does not fit its description: .*magic",
     ),
     "a bad field": (lambda d, t: d["adapters"]["dense/kernel"]["fields"].update(rank=0), r"rank is a whole number"),
+    "no format": (lambda d, t: d.pop("format"), r"its metadata is damaged \(KeyError: 'format'\)"),
+    "no adapters": (lambda d, t: d.update(adapters=[]), r"its metadata is damaged"),
+    "an empty entry": (lambda d, t: d["adapters"].update(x={}), r"'x' is a None, and known are"),
     "a newer format": (lambda d, t: d.update(format=2), r"format 2, and this version reads format 1: update"),
 }
 

@@ -102,6 +102,13 @@ def test_a_train_state_of_flax():
     jax.tree.map(np.testing.assert_array_equal, state.params["base"], FROZEN)
 
 
+def test_merged_weights_outlive_a_donated_step():
+    lora_params = jax.tree.map(jnp.copy, LORA_PARAMS)
+    merged = lora.merge(FROZEN, lora_params)
+    jax.jit(lambda lp: jax.tree.map(lambda x: x + 1, lp), donate_argnums=0)(lora_params)
+    assert not any(x.is_deleted() for x in jax.tree.leaves(merged))
+
+
 def test_a_replaced_leaf_may_be_donated():
     """Full's factor is a copy: giving away its buffer leaves the frozen leaf alone."""
     jax.jit(lambda lp: jax.tree.map(lambda x: x + 1, lp), donate_argnums=0)(jax.tree.map(jnp.copy, LORA_PARAMS))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from checks import all_adaptable, error, formed, randomized
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 import lora_jax as lora
 
@@ -34,6 +35,12 @@ def scan_twice(w, x):
         return lax.scan(lambda x, w: (layer(x, w) + i, None), x, w)[0], None
 
     return lax.scan(outer, x, jnp.arange(2.0))[0]
+
+
+def returned_by_scan(w, x):
+    """As `nnx.scan` over rematerialized layers does: the body hands its weights on."""
+    x, same = lax.scan(jax.checkpoint(lambda x, w: (layer(x, w), w)), x, w)
+    return layer(x, same[1])
 
 
 @jax.custom_jvp
@@ -88,6 +95,8 @@ PROGRAMS = {
     "expanded": (lambda w, x: (x @ w[None])[0], W, normal(1, 4, 11)),
     "squeezed": (lambda w, x: x @ w.squeeze(1), normal(11, 1, 7), X),
     "broadcast": (lambda w, x: x @ jnp.broadcast_to(w, (2, 11, 7)), W, X),
+    "broadcast_wide": (lambda w, x: x @ jnp.broadcast_to(w, (2, 5, 4)), normal(5, 4), normal(2, 50, 5)),
+    "barrier": (lambda w, x: x @ lax.optimization_barrier((w, x))[0], W, X),
     "swapped_twice": (lambda w, x: x @ jnp.swapaxes(jnp.moveaxis(w, 0, -1), 0, 1), W, X),
     "cast": (lambda w, x: (x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)).astype(jnp.float32), W, X),
     "stop_gradient_of_base_copy": (lambda w, x: x @ jnp.copy(w), W, X),
@@ -100,6 +109,12 @@ PROGRAMS = {
     # indexing
     "sliced_outputs": (lambda w, x: x @ w[:, 2:6], W, X),
     "sliced_inputs": (lambda w, x: x[..., 1:11:2] @ w[1:11:2], W, X),
+    "fused_and_split": (
+        lambda w, x: jnp.tanh(x @ jnp.split(w, 3, axis=1)[1]) + x @ jnp.split(w, 3, axis=1)[2],
+        normal(11, 15),
+        X,
+    ),
+    "reversed": (lambda w, x: x @ w[::-1, ::-1], W, X),
     "unrolled_stack": (lambda w, x: layer(layer(layer(x, w[0]), w[1]), w[-1]), STACK, SQUARE),
     "traced_index": (lambda w, x: layer(x, w[jnp.argmax(x) % 3]), STACK, SQUARE),
     "dynamic_index": (lambda w, x: layer(x, lax.dynamic_index_in_dim(w, 1, keepdims=False)), STACK, SQUARE),
@@ -109,6 +124,21 @@ PROGRAMS = {
     "embedding_one_hot": (lambda w, ids: jax.nn.one_hot(ids, 13) @ w, TABLE, jnp.array([3, 4])),
     "embedding_last_axis": (lambda w, ids: jnp.take(w, ids, axis=1), TABLE, jnp.array([[0, 6], [2, 2]])),
     "embedding_vmap": (lambda w, ids: jax.vmap(lambda i: w[i])(ids), TABLE, jnp.array([1, 3])),
+    "embedding_filled": (
+        lambda w, ids: w.at[ids].get(mode="fill", fill_value=7.0),
+        TABLE,
+        jnp.array([[1, 40], [12, 3]]),
+    ),
+    "embedding_padded": (  # a padding id beyond the table, whose row is NaN and masked out
+        lambda w, ids: jnp.where((ids < 13)[:, None], jnp.take(w, ids, axis=0), 0.0),
+        TABLE,
+        jnp.array([1, 13, 4]),
+    ),
+    "looked_up_one_by_one": (
+        lambda w, ids: lax.scan(lambda h, i: (jnp.tanh(w[i] + h), None), w[0], ids)[0],
+        TABLE,
+        jnp.array([1, 3]),
+    ),
     "positions": (lambda w, x: x + w[jnp.arange(4)], TABLE, normal(2, 4, 7)),
     "tied": (lambda w, ids: jnp.tanh(w[ids]) @ w.T, TABLE, jnp.array([1, 5])),
     # control flow
@@ -123,6 +153,7 @@ PROGRAMS = {
         STACK.transpose(2, 1, 0),
         SQUARE,
     ),
+    "scan_that_returns_its_weights": (returned_by_scan, STACK, SQUARE),
     "scan_remat": (lambda w, x: lax.scan(jax.checkpoint(lambda x, w: (layer(x, w), None)), x, w)[0], STACK, SQUARE),
     "fori": (lambda w, x: lax.fori_loop(0, 3, lambda i, x: layer(x, w[i]), x), STACK, SQUARE),
     "while": (counted_while, STACK, SQUARE),
@@ -203,6 +234,30 @@ def test_a_custom_derivative_stays_its_author_s():
     assert error(found, expected) < 1e-5
     plain = jax.grad(lambda lp: jnp.sin(X @ lora.merge(frozen, lp)["w"]).sum())(lora_params)
     assert error(found[0], plain) > 1
+
+
+def test_a_custom_derivative_of_a_weight_that_does_not_move():
+    frozen, lora_params = lora.split(jax.random.key(0), {"w": W}, {"w": lora.LoRA(rank=2)})
+    attached = lora.attach(frozen, randomized(lora_params, 0.3))
+
+    def model(params, x):
+        return jnp.sin(scaled_product(params["w"], x)).sum()
+
+    found = jax.grad(lambda x: lora.lift(model)(attached, x))(X)
+    assert error(found, jax.grad(lambda x: model(lora.merge(frozen, randomized(lora_params, 0.3)), x))(X)) < 1e-5
+
+
+def test_what_a_layer_is_traced_under_stays_with_it():
+    """Contexts such as `jax.default_matmul_precision` and names of scopes reach the lifted program."""
+    frozen, lora_params = lora.split(jax.random.key(0), {"w": W}, {"w": lora.LoRA(rank=2)})
+
+    def model(params, x):
+        with jax.named_scope("my_scope"), set_xla_metadata(mark="mine"):
+            return jnp.sin(x) @ params["w"]
+
+    text = jax.jit(lora.lift(model)).lower(lora.attach(frozen, lora_params), X).as_text(debug_info=True)
+    assert "my_scope" in text
+    assert 'mark = "mine"' in text
 
 
 @pytest.mark.parametrize("allow", [False, True])

@@ -89,6 +89,34 @@ def test_what_is_not_read_and_what_is_used_whole():
     }
 
 
+def test_a_vector_between_is_no_weight():
+    """A scale that multiplies an activation or a kernel, one token at a time, hides neither kernel nor embedding."""
+    params = {"scale": jnp.ones(7), "w": jnp.ones((7, 7)), "table": jnp.ones((5, 7))}
+
+    def recurrent(params, tokens):
+        def cell(h, token):
+            return jnp.tanh((params["scale"] * params["table"][token]) @ (params["w"] * params["scale"]) + h), None
+
+        return jax.lax.scan(cell, jnp.zeros(7), tokens)[0]
+
+    assert found(recurrent, params, jnp.arange(4)) == {
+        "scale": ("other", (), (), ()),
+        "table": ("embedding", (), (0,), (1,)),
+        "w": ("linear", (), (0,), (1,)),
+    }
+
+
+def test_leaves_that_are_keys_or_handed_back():
+    params = {"key": jax.random.key(0), "w": jnp.ones((3, 3))}
+    assert found(lambda p: p["w"].T, params) == {"key": ("other", (), (), ()), "w": ("other", (), (), ())}
+
+
+def test_a_grouped_convolution_is_not_promised():
+    model = nn.Conv(4, (3,), feature_group_count=2)
+    params = model.init(jax.random.key(0), jnp.ones((1, 8, 4)))
+    assert found(model.apply, params, jnp.ones((1, 8, 4)))["params/kernel"][0] == "other"
+
+
 def test_nothing_is_computed():
     params = {"w": jax.ShapeDtypeStruct((1 << 20, 1 << 20), jnp.bfloat16)}
     x = jax.ShapeDtypeStruct((1 << 20, 1 << 20), jnp.bfloat16)

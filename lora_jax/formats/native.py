@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.flax import save as serialize
+from safetensors.numpy import save as serialize
 
 from lora_jax.adapters import Adapter
 from lora_jax.factored import Factored
@@ -47,7 +48,8 @@ def save(path: str | os.PathLike[str], lora_params: Mapping[str, Adapter]) -> Pa
     if not lora_params:
         raise ValueError(f"{path}: lora_params is empty, so there is nothing to save")
     path = Path(path)
-    tensors = {f"{p}:{name}": array for p, a in lora_params.items() for name, array in a.factors.items()}
+    # In C order, since safetensors writes an array's memory as it lies.
+    tensors = {f"{p}:{n}": np.asarray(x, order="C") for p, a in lora_params.items() for n, x in a.factors.items()}
     described = {"format": FORMAT, "adapters": {p: _describe(adapter) for p, adapter in lora_params.items()}}
     # One entry alone: safetensors writes several in no fixed order.
     content = serialize(tensors, {"lora_jax": json.dumps(described, sort_keys=True)})
@@ -90,12 +92,14 @@ def load(path: str | os.PathLike[str]) -> dict[str, Adapter]:
         raise ValueError(f"{path}: no whole safetensors file ({error})") from error
     if "lora_jax" not in metadata:
         raise ValueError(f"{path}: a safetensors file, but not one that lora_jax.save wrote: its metadata is missing")
-    described = json.loads(metadata["lora_jax"])
-    if described["format"] != FORMAT:
-        raise ValueError(
-            f"{path}: format {described['format']}, and this version reads format {FORMAT}: update lora_jax"
-        )
-    lora_params = {p: _restore(path, p, entry, tensors) for p, entry in sorted(described["adapters"].items())}
+    try:
+        described = json.loads(metadata["lora_jax"])
+        version, entries = described["format"], sorted(described["adapters"].items())
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: its metadata is damaged ({type(error).__name__}: {error})") from error
+    if version != FORMAT:
+        raise ValueError(f"{path}: format {version}, and this version reads format {FORMAT}: update lora_jax")
+    lora_params = {p: _restore(path, p, entry, tensors) for p, entry in entries}
     if tensors:
         raise ValueError(f"{path}: tensors that belong to no adapter: {', '.join(sorted(tensors)[:5])}")
     return lora_params
@@ -109,7 +113,7 @@ def _describe(adapter: Adapter) -> dict[str, Any]:
 
 def _restore(file: Path, path: str, entry: dict[str, Any], tensors: dict[str, Any]) -> Adapter:
     """One adapter, its tensors taken out of `tensors` and checked against its variant and its site."""
-    name = entry["variant"]
+    name = entry.get("variant")
     if name not in Variant.registry:
         known = ", ".join(sorted(Variant.registry))
         raise ValueError(f"{file}: {path!r} is a {name}, and known are {known}: import the module that defines {name}")

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax import compat
+from lora_jax.contract import Axes, Axis
 from lora_jax.factored import Factored, Network, is_factored
 from lora_jax.lift import Interpreter, rule
 
@@ -71,39 +72,44 @@ def scan(interpreter: Interpreter, eqn: Any, *operands: Any) -> Any:
     xs = [interpreter.form(x, eqn) if is_factored(x) and len(x.dims[0]) > 1 else x for x in xs]
 
     def body(carry: list[Any], rows: list[Any]) -> tuple[list[Any], list[Any]]:
-        sliced = [_row(x, row) if is_factored(x) else row for x, row in zip(xs, rows, strict=True)]
-        out = _arrays(interpreter, eqn, eqn.params["jaxpr"], *consts, *carry, *sliced)
-        return out[:b], out[b:]
+        sliced = [
+            interpreter.settled(_row(x, y), x, eqn) if is_factored(x) else y for x, y in zip(xs, rows, strict=True)
+        ]
+        out = interpreter.evaluate(eqn.params["jaxpr"], *consts, *carry, *sliced)
+        return [interpreter.form(y, eqn) if is_factored(y) else y for y in out[:b]], out[b:]
 
     params = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
     carry, ys = lax.scan(body, carry, [_stack(x) if is_factored(x) else x for x in xs], **params)
-    return [*carry, *ys]
+    return [*carry, *(_restacked(y, eqn.params["length"]) if is_factored(y) else y for y in ys)]
 
 
-def _stack(weight: Factored) -> list[list[jax.Array | None]]:
-    """What a scan takes slices of: the operands that carry the leading axis, with that axis first."""
+def _stack(weight: Factored) -> list[jax.Array | None]:
+    """What a scan takes slices of: each operand that carries the leading axis, with that axis first."""
     lead = weight.dims[0]
     return [
-        [
-            jnp.moveaxis(array, axes.index(lead[0]), 0) if lead and lead[0] in axes else None
-            for array, axes in zip(term.operands, term.axes, strict=True)
-        ]
+        jnp.moveaxis(array, axes.index(lead[0]), 0) if lead and lead[0] in axes else None
         for term in weight.terms
+        for array, axes in zip(term.operands, term.axes, strict=True)
     ]
 
 
-def _row(weight: Factored, rows: list[list[jax.Array | None]]) -> Factored:
+def _row(weight: Factored, rows: list[jax.Array | None]) -> Factored:
     """One slice of a stacked weight: slices of what `_stack` gives, and all other operands as they are."""
-    lead = weight.dims[0]
-    terms = tuple(
-        Network(
-            tuple(array if row is None else row for array, row in zip(term.operands, slices, strict=True)),
-            tuple(tuple(axis for axis in axes if axis not in lead) for axes in term.axes),
-            term.scale,
-        )
-        for term, slices in zip(weight.terms, rows, strict=True)
-    )
-    return dataclasses.replace(weight, terms=terms, dims=weight.dims[1:])
+    lead, slices = weight.dims[0], iter(rows)
+
+    def change(array: jax.Array, axes: Axes) -> tuple[jax.Array, Axes]:
+        row = next(slices)
+        return (array, axes) if row is None else (row, tuple(axis for axis in axes if axis not in lead))
+
+    return dataclasses.replace(weight.map(change), dims=weight.dims[1:])
+
+
+def _restacked(rows: Factored, length: int) -> Factored:
+    """What a scan makes of a weight that its body returns: every operand has a new leading axis."""
+    taken = {axis.name for term in rows.terms for axes in term.axes for axis in axes}
+    lead = Axis(next(name for i in range(len(taken) + 1) if (name := f"stack{i}") not in taken), length)
+    stacked = rows.map(lambda array, axes: (array, (lead, *axes)))
+    return dataclasses.replace(stacked, dims=((lead,), *rows.dims))
 
 
 @rule("custom_jvp_call")
@@ -128,15 +134,20 @@ def custom_jvp(interpreter: Interpreter, eqn: Any, *operands: Any) -> list[Any]:
 
 
 def _tangent(weight: Factored, tangent: Factored) -> Factored:
-    """The product rule: one term for each operand that moves, with all others held."""
-    terms = tuple(
-        Network((*term.operands[:i], d_operands[i], *term.operands[i + 1 :]), term.axes, term.scale)
-        for term, d_term in zip(weight.terms, tangent.terms, strict=True)
-        for d_operands in [d_term.operands]
-        for i in range(len(term.operands))
-        if not compat.is_zero(d_operands[i])
-    )
-    return dataclasses.replace(weight, terms=terms)
+    """The product rule: one network for each operand that moves, with all others held."""
+
+    def moved(held: Network, moves: Network) -> list[Network]:
+        return [
+            dataclasses.replace(held, operands=(*held.operands[:i], array, *held.operands[i + 1 :]))
+            for i, array in enumerate(moves.operands)
+            if not compat.is_zero(array)
+        ]
+
+    base = moved(weight.base, tangent.base) if weight.base and tangent.base else []
+    deltas = [d for held, moves in zip(weight.deltas, tangent.deltas, strict=True) for d in moved(held, moves)]
+    if len(base) > 1:
+        base, deltas = [], base + deltas
+    return dataclasses.replace(weight, base=base[0] if base else None, deltas=tuple(deltas))
 
 
 def _arrays(interpreter: Interpreter, eqn: Any, jaxpr: Any, *operands: Any) -> list[Any]:

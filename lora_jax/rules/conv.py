@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.contract import Axis, contract, reshape, size_of
-from lora_jax.factored import Factored, Network, is_factored
+from lora_jax.factored import Factored, Network, evaluate, is_factored
 from lora_jax.lift import Interpreter, rule
 
 
@@ -17,26 +18,25 @@ from lora_jax.lift import Interpreter, rule
 def conv_general_dilated(interpreter: Interpreter, eqn: Any, x: Any, kernel: Any) -> Any:
     """conv(x, W + ΔW) = conv(x, W) + conv(x, A)·B, for any layout, window, stride, padding and dilation."""
     grouped = eqn.params["feature_group_count"] * eqn.params["batch_group_count"] > 1
-    if is_factored(x) or (grouped and len(kernel.terms) > 1):
+    if is_factored(x) or grouped:
         return NotImplemented
     numbers = eqn.params["dimension_numbers"]
     out_dim, *in_dims = numbers.rhs_spec
     outer = frozenset(kernel.dims[out_dim])
     inner = frozenset(axis for d in in_dims for axis in kernel.dims[d])
-    if any(inner & {*axes} and outer & {*axes} for term in kernel.terms[1:] for axes in term.axes):
+    if any(inner & {*axes} and outer & {*axes} for delta in kernel.deltas for axes in delta.axes):
         return NotImplemented
     interpreter.record(kernel, eqn, "conv", tuple(inner), tuple(outer))
-    base = contract(kernel.terms[0].at(kernel.dtype), kernel.axes)
-    y = eqn.primitive.bind(x, reshape(base, kernel.shape), **eqn.params)
-    terms = [y, *(_low_rank(eqn, x, kernel, term, inner) for term in kernel.terms[1:])]
-    return functools.reduce(jnp.add, terms)
+    base = evaluate(dataclasses.replace(kernel, deltas=()))
+    y = eqn.primitive.bind(x, base, **eqn.params)
+    return functools.reduce(jnp.add, [_low_rank(eqn, x, kernel, delta, inner) for delta in kernel.deltas], y)
 
 
-def _low_rank(eqn: Any, x: jax.Array, kernel: Factored, term: Network, inner: frozenset[Axis]) -> jax.Array:
+def _low_rank(eqn: Any, x: jax.Array, kernel: Factored, delta: Network, inner: frozenset[Axis]) -> jax.Array:
     """One convolution with the factors of window and input channels, then a product with those that are left."""
     numbers = eqn.params["dimension_numbers"]
     out_dim, *_ = numbers.rhs_spec
-    operands = term.at(kernel.dtype)
+    operands = delta.at(kernel.dtype)
     window = [operand for operand in operands if inner & {*operand[1]}]
     mix = [operand for operand in operands if not inner & {*operand[1]}]
     named = frozenset(axis for _, axes in mix for axis in axes)

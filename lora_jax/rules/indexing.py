@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.contract import Axes, Axis, contract, reshape
-from lora_jax.factored import Factored, is_factored
+from lora_jax.contract import Axes, Axis
+from lora_jax.factored import Factored, evaluate, is_factored
 from lora_jax.lift import Interpreter, rule
 
 Cut = Callable[[jax.Array, int], jax.Array]
@@ -64,6 +62,27 @@ def _slice(weight: Factored, sizes: tuple[int, ...], cut: Callable[[int], Cut]) 
     return weight
 
 
+@rule("split")
+def split(_: Interpreter, eqn: Any, weight: Factored) -> Any:
+    """One weight cut into several along a dimension, such as a fused query, key and value."""
+    axis, parts, start = eqn.params["axis"], list[Any](), 0
+    for size in eqn.params["sizes"]:
+        sizes = tuple(size if d == axis else n for d, n in enumerate(weight.shape))
+        bounds = start, start + size
+        parts.append(_slice(weight, sizes, lambda _, b=bounds: lambda array, dim: lax.slice_in_dim(array, *b, 1, dim)))
+        start += size
+    return NotImplemented if NotImplemented in parts else parts
+
+
+@rule("rev")
+def rev(_: Interpreter, eqn: Any, weight: Factored) -> Any:
+    """Dimensions turned around, as in a convolution's transpose."""
+    for d in eqn.params["dimensions"]:
+        for axis in weight.dims[d]:
+            weight = along(weight, axis, (axis,), lambda array, dim: lax.rev(array, (dim,)))
+    return weight
+
+
 @rule("gather")
 def gather(interpreter: Interpreter, eqn: Any, weight: Any, indices: Any) -> Any:
     """Rows picked along one dimension: a layer or an expert of a stack, or tokens looked up in an embedding.
@@ -85,11 +104,16 @@ def gather(interpreter: Interpreter, eqn: Any, weight: Any, indices: Any) -> Any
             collapsed_slice_dims=(dim,),
             start_index_map=(dim,),
         )
-        same = {name: eqn.params[name] for name in ("unique_indices", "indices_are_sorted", "mode", "fill_value")}
+        same = {name: eqn.params[name] for name in ("unique_indices", "indices_are_sorted", "mode")}
         sizes = tuple(1 if d == dim else n for d, n in enumerate(array.shape))
-        return lax.gather(array, indices[..., column : column + 1], small, sizes, **same)
+        return lax.gather(array, indices[..., column : column + 1], small, sizes, fill_value=fill, **same)
 
+    # Where rows are out of bounds and filled, the base alone has the fill value; ΔW is zero there.
+    fill = 0 if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP else None
     value = along(weight, axis, rows, pick)
+    if fill is not None and weight.base:
+        fill = eqn.params["fill_value"]
+        value = dataclasses.replace(value, base=along(dataclasses.replace(weight, deltas=()), axis, rows, pick).base)
     dims = [() if d == picked else group for d, group in enumerate(weight.dims)]
     kept = [group for d, group in enumerate(dims) if d not in numbers.collapsed_slice_dims]
     groups, spread = iter(kept), iter((row,) for row in rows)
@@ -99,8 +123,7 @@ def gather(interpreter: Interpreter, eqn: Any, weight: Any, indices: Any) -> Any
     if not _is_looked_up(value, left, rows):
         return value
     interpreter.record(weight, eqn, "embedding", (axis,), tuple(left))
-    terms = [contract(term.at(value.dtype), value.axes, whole=frozenset(weight.axes)) for term in value.terms]
-    return reshape(functools.reduce(jnp.add, terms), value.shape)
+    return evaluate(value)
 
 
 def _picked(eqn: Any, weight: Any, indices: Any) -> int | None:
@@ -109,11 +132,19 @@ def _picked(eqn: Any, weight: Any, indices: Any) -> int | None:
     if not is_factored(weight) or is_factored(indices) or numbers.operand_batching_dims:
         return None
     partial = [d for d, n in enumerate(weight.shape) if sizes[d] != n or d in numbers.collapsed_slice_dims]
-    # A start along a dimension that is taken whole can only be 0, but where it would fill instead of being clipped.
-    filled = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP and len(numbers.start_index_map) > 1
-    if len(partial) != 1 or partial[0] not in numbers.start_index_map or sizes[partial[0]] != 1 or filled:
+    if len(partial) != 1 or partial[0] not in numbers.start_index_map or sizes[partial[0]] != 1:
         return None
-    return partial[0] if len(weight.dims[partial[0]]) == 1 else None
+    if len(weight.dims[partial[0]]) != 1:
+        return None
+    if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
+        # Along a dimension that is taken whole only 0 is in bounds, which other modes clip to; and rows out of bounds
+        # are filled once, by the one operand of each network that has them.
+        axis = weight.dims[partial[0]][0]
+        carriers = [sum(axis in axes for axes in term.axes) for term in weight.terms]
+        scaled = weight.base is not None and len(weight.base.operands) > 1
+        if len(numbers.start_index_map) > 1 or set(carriers) != {1} or scaled:
+            return None
+    return partial[0]
 
 
 def _is_looked_up(value: Factored, left: frozenset[Axis], rows: Axes) -> bool:
@@ -121,6 +152,6 @@ def _is_looked_up(value: Factored, left: frozenset[Axis], rows: Axes) -> bool:
 
     Of a leaf without factors, which is being traced for its uses, rows are activations if they are vectors.
     """
-    if len(value.terms) == 1:
+    if not value.deltas:
         return bool(rows) and len(left) <= 1
-    return all(any(left.issubset(axes) for axes in term.axes) for term in value.terms[1:])
+    return all(any(left.issubset(axes) for axes in delta.axes) for delta in value.deltas)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.contract import Axes, Axis, size_of
-from lora_jax.factored import Factored
+from lora_jax.factored import Factored, is_factored
 from lora_jax.lift import Interpreter, rule
 
 
@@ -58,7 +59,7 @@ def broadcast_in_dim(_: Interpreter, eqn: Any, weight: Factored) -> Factored:
     """A new dim is an axis that no operand carries; so is one of size 1 that grows."""
     shape, positions = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     weight, old = weight.without_units(), weight.shape
-    taken = {axis.name for axes in weight.terms[0].axes for axis in axes} | {axis.name for axis in weight.axes}
+    taken = {axis.name for axis in weight.axes}
     fresh = (name for i in range(len(taken) + len(shape)) if (name := f"new{i}") not in taken)
     dims: list[Axes] = [(Axis(next(fresh), size),) if size > 1 else () for size in shape]
     for group, size, position in zip(weight.dims, old, positions, strict=True):
@@ -81,3 +82,10 @@ def convert_element_type(_: Interpreter, eqn: Any, weight: Factored) -> Any:
 def identity(_: Interpreter, eqn: Any, weight: Factored) -> Factored:
     """What leaves the value as it is happens to each factor."""
     return weight.map(lambda array, axes: (eqn.primitive.bind(array, **eqn.params), axes))
+
+
+@rule("optimization_barrier")
+def optimization_barrier(_: Interpreter, eqn: Any, *operands: Any) -> list[Any]:
+    """Each array of a weight passes one of its own, so that those of the base take no part in differentiation."""
+    plain = iter(lax.optimization_barrier([x for x in operands if not is_factored(x)]))
+    return [jax.tree.map(lax.optimization_barrier, x) if is_factored(x) else next(plain) for x in operands]

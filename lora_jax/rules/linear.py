@@ -15,6 +15,7 @@ from lora_jax.lift import Interpreter, rule
 @rule("dot_general")
 def dot_general(interpreter: Interpreter, eqn: Any, lhs: Any, rhs: Any) -> Any:
     """x·(W + ΔW) = x·W + einsum(x, factors): the activation's dimensions take the names of the axes they meet."""
+    lhs, rhs = interpreter.one_of_two(eqn, lhs, rhs)
     if is_factored(lhs) and is_factored(rhs):
         return NotImplemented
     (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
@@ -35,16 +36,16 @@ def dot_general(interpreter: Interpreter, eqn: Any, lhs: Any, rhs: Any) -> Any:
 
     out = eqn.outvars[0].aval
     x_axes = _flat(names)
-    total: Any = None
+    total: Any = jnp.zeros(out.shape, out.dtype) if not weight.terms else None
     for term in weight.terms:
         if len(term.operands) > 1:
             # In low-rank products the activation is flattened to two dimensions: XLA's CPU back end is slow at skinny
-            # products of more. The base's product leaves it in the shape it has.
+            # products of more. The plain product with the base leaves it in the shape it has.
             x_axes, x_out = _merged(x_axes, x_out)
         y = contract(
             [(reshape(x, tuple(axis.size for axis in x_axes)), x_axes), *term.at(weight.dtype)],
             (*batch, *w_out, *x_out) if is_factored(lhs) else (*batch, *x_out, *w_out),
-            whole=frozenset(weight.axes),
+            whole=weight.whole,
             precision=eqn.params["precision"],
             preferred_element_type=eqn.params["preferred_element_type"],
         )
@@ -63,8 +64,9 @@ def _merged(axes: Axes, free: Axes) -> tuple[Axes, Axes]:
 
 
 @rule("mul")
-def mul(_: Interpreter, eqn: Any, left: Any, right: Any) -> Any:
+def mul(interpreter: Interpreter, eqn: Any, left: Any, right: Any) -> Any:
     """Scaling by a number, or by a vector along some dimensions: it joins each network as one more factor."""
+    left, right = interpreter.one_of_two(eqn, left, right)
     weight, other = (left, right) if is_factored(left) else (right, left)
     return NotImplemented if is_factored(other) else _scale(weight, jnp.asarray(other), eqn)
 
@@ -84,13 +86,11 @@ def neg(_: Interpreter, eqn: Any, weight: Factored) -> Any:
 
 
 def _scale(weight: Factored, array: jax.Array, eqn: Any) -> Any:
-    """The weight times an array whose dimensions are the weight's, or 1; one that is as large as the weight is none."""
-    if eqn.outvars[0].aval.shape != weight.shape:
-        return NotImplemented
+    """The weight times a number, or times an array that has some of its dimensions but not all."""
     along = [d for d in range(array.ndim) if array.shape[d] != 1]
-    axes = _flat(weight.dims[d] for d in along)
-    if axes and set(axes) == set(axis for axis in weight.axes if axis.size > 1) and len(along) > 1:
+    if eqn.outvars[0].aval.shape != weight.shape or (along and weight.size == array.size):
         return NotImplemented
+    axes = _flat(weight.dims[d] for d in along)
     return weight.times(reshape(array, tuple(axis.size for axis in axes)), axes)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
+import numpy as np
 
 from lora_jax.contract import Axis
 from lora_jax.factored import Factored, Network
@@ -57,7 +58,7 @@ class Variant:
         >>> lora.LoRA(rank=8).at(in_axes=0, out_axes=(1, 2)).out_axes
         (1, 2)
         """
-        groups = [(group,) if isinstance(group, int) else tuple(group) for group in (batch_axes, in_axes, out_axes)]
+        groups = [tuple(np.atleast_1d(np.asarray(group, int)).tolist()) for group in (batch_axes, in_axes, out_axes)]
         return Placed(self, *groups)
 
     def initial(self, key: jax.Array, weight: Any, site: Site) -> tuple[Any, Factors]:

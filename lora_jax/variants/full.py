@@ -37,7 +37,10 @@ class Full(Variant):
 
     def initial(self, key: jax.Array, weight: Any, site: Site) -> tuple[Any, Factors]:
         """A copy of the leaf, so that neither is lost when the other's buffer is donated."""
-        return weight, {"weight": jnp.array(weight, self.dtype or weight.dtype, copy=True)}
+        dtype = self.dtype or weight.dtype
+        if isinstance(weight, jax.ShapeDtypeStruct):
+            raise ValueError("Full copies the leaf, and this one has no values: split inside jax.eval_shape")
+        return weight, {"weight": jnp.array(weight, jax.dtypes.canonicalize_dtype(dtype), copy=True)}
 
     def apply(self, base: Factored, factors: Factors, site: Site) -> jax.Array:
         """The factor, in the leaf's dtype."""

@@ -48,10 +48,13 @@ class LoRA(Variant):
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.rank != int(self.rank) or self.rank < 1:
+        if int(self.rank) != self.rank or self.rank < 1:
             raise ValueError(f"LoRA(rank={self.rank}): the rank is a whole number, 1 or more")
-        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha):
-            raise ValueError(f"LoRA(alpha={self.alpha}): alpha is a finite number other than 0, or None for the rank")
+        object.__setattr__(self, "rank", int(self.rank))
+        if self.alpha is not None:
+            if not (math.isfinite(self.alpha) and self.alpha):
+                raise ValueError(f"LoRA(alpha={self.alpha}): alpha is a finite number other than 0, or None for rank")
+            object.__setattr__(self, "alpha", float(self.alpha))
         if self.scaling not in ("standard", "rank_stabilized"):
             raise ValueError(f"LoRA(scaling={self.scaling!r}): the scaling is 'standard' or 'rank_stabilized'")
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
@@ -70,7 +73,10 @@ class LoRA(Variant):
             raise ValueError(f"rank {self.rank} is above {limit}, the smaller of the in and out sizes {inner}, {outer}")
         fan_in = self.rank if site.kind == "embedding" else math.prod(inner)
         draw = self.init if callable(self.init) else initializer(self.init, fan_in)
-        a = jnp.asarray(draw(key, (*batch, *inner, self.rank), self.dtype), self.dtype)
+        shape = (*batch, *inner, self.rank)
+        a = jnp.asarray(draw(key, shape, self.dtype), self.dtype)
+        if a.shape != shape:
+            raise ValueError(f"init returned an array of shape {a.shape} for A, which is {shape}")
         return weight, {"A": a, "B": jnp.zeros((*batch, self.rank, *outer), self.dtype)}
 
     def delta(self, factors: Factors, site: Site) -> Network:
