@@ -71,8 +71,8 @@ class LoRA(Variant):
         limit = min(math.prod(inner), math.prod(outer))
         if self.rank > limit:
             raise ValueError(
-                f"rank {self.rank} is above {limit}, the smaller of the in and out sizes {inner}, {outer}: lower the rank, "
-                "leave the path out, or train the leaf itself with Full()"
+                f"rank {self.rank} is above {limit}, the smaller of the in and out sizes {inner}, {outer}: lower the "
+                "rank, leave the path out, or train the leaf itself with Full()"
             )
         fan_in = self.rank if site.kind == "embedding" else math.prod(inner)
         draw = self.init if callable(self.init) else initializer(self.init, fan_in)
