@@ -184,7 +184,7 @@ class Factored:
     __jax_array__ = __array__ = __getitem__ = __iter__ = __len__ = __float__ = __bool__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = _refuse
     __matmul__ = __rmatmul__ = __pow__ = __lt__ = __gt__ = __le__ = __ge__ = _refuse
-    __rmul__ = __floordiv__ = __mod__ = __rpow__ = __abs__ = __int__ = _refuse
+    __floordiv__ = __mod__ = __rpow__ = __abs__ = __int__ = _refuse
     astype = reshape = transpose = sum = mean = max = min = dot = ravel = squeeze = _refuse
     T = mT = at = property(_refuse)
 
@@ -214,11 +214,11 @@ def materialize(value: Factored) -> jax.Array:
     """
     dtypes = {jnp.dtype("float32"), value.dtype, *(x.dtype for delta in value.deltas for x in delta.operands)}
     wide = max(dtypes, key=lambda dtype: dtype.itemsize) if value.deltas else value.dtype
-    return evaluate(value, wide, lax.Precision.HIGHEST)
+    return total(value, wide, lax.Precision.HIGHEST)
 
 
-def evaluate(value: Factored, dtype: Any = None, precision: Any = None) -> jax.Array:
-    """The value as an array of its own dtype, computed in `dtype`, or else in its own."""
+def total(value: Factored, dtype: Any = None, precision: Any = None) -> jax.Array:
+    """The sum of the value's networks: an array of its own dtype, computed in `dtype`, or else in that too."""
     if not value.terms:
         return jnp.zeros(value.shape, value.dtype)
     terms = [contract(term.at(dtype or value.dtype), value.axes, precision=precision) for term in value.terms]

@@ -20,7 +20,7 @@ import numpy as np
 
 from lora_jax import compat
 from lora_jax.contract import Axis
-from lora_jax.factored import Factored, evaluate, is_factored, materialize
+from lora_jax.factored import Factored, is_factored, materialize, total
 
 F = TypeVar("F", bound=Callable[..., Any])
 Rule = Callable[..., Any]
@@ -147,7 +147,7 @@ class Interpreter:
             self.record(value, eqn, "embedding", [axis for axis in before.axes if axis not in value.axes], value.axes)
         else:
             self.record(value, eqn, "other", (), ())
-        return evaluate(value)
+        return total(value)
 
     def one_of_two(self, eqn: Any, left: Any, right: Any) -> tuple[Any, Any]:
         """The operands of a product; where both are weights and one is a vector, that one is formed."""

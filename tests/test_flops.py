@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 from checks import all_adaptable, flops
+from zoo import WIDE, ZOO
 
 import lora_jax as lora
 
@@ -93,3 +96,29 @@ def test_a_transformer_costs_the_closed_form_and_what_is_not_adapted():
     for rank in (8, 32):
         assert cost(lora.LoRA(rank)) == pytest.approx(not_adapted + rank * per_rank, rel=0.01)
         assert cost(lora.LoRA(rank)) - not_adapted == pytest.approx(rank * per_rank, rel=0.05)
+
+
+@pytest.mark.parametrize("model", ZOO)
+def test_every_model_costs_what_its_full_step_does_less_the_weights_gradients_plus_the_factors(model):
+    """4ndk + 6nr(d + k) for each use of each adapted leaf, and what else the model does."""
+    loss, params, batch = ZOO[model](WIDE)
+    sites = lora.sites(loss, params, *batch)
+    tokens = math.prod(WIDE.batch)
+
+    def cost(variant):
+        frozen, lora_params = lora.split(jax.random.key(0), params, all_adaptable(variant), sites=sites)
+        step = jax.value_and_grad(lambda lp: lora.lift(loss)(lora.attach(frozen, lp), *batch))
+        return flops(step, lora_params)
+
+    gradients, per_rank = 0, 0
+    for site in sites.values():
+        if site.adaptable:
+            _, inner, outer = site.sizes()
+            d, k = math.prod(inner), math.prod(outer)
+            stacked = site.batch_axes and len(site.uses) == 1  # one use in the body of a loop over layers
+            for use in site.uses * (site.shape[0] if stacked else 1):
+                looked_up = use.kind == "embedding"  # dW is a scatter, and A's rows are picked
+                gradients += 0 if looked_up else 2 * tokens * d * k
+                per_rank += 6 * tokens * (k if looked_up else d + k)
+    full = cost(lora.Full())
+    assert cost(lora.LoRA(rank=8)) == pytest.approx(full - gradients + 8 * per_rank, rel=0.01)

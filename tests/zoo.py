@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import flax.linen as nn
@@ -11,13 +11,26 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-D, F, HEADS, VOCAB, LAYERS, TOKENS = 24, 40, 3, 37, 4, (2, 5)
-
 Model = tuple[Callable[..., jax.Array], Any, tuple[Any, ...]]
 
 
-def tokens() -> jax.Array:
-    return jax.random.randint(jax.random.key(1), TOKENS, 0, VOCAB)
+class Sizes(NamedTuple):
+    """Of a model and its batch. XLA counts a loop's body once, so FLOPs are counted of a model without loops."""
+
+    d: int = 24
+    f: int = 40
+    heads: int = 3
+    vocab: int = 37
+    layers: int = 4
+    batch: tuple[int, int] = (2, 5)
+    loops: bool = True
+
+    def tokens(self) -> jax.Array:
+        return jax.random.randint(jax.random.key(1), self.batch, 0, self.vocab)
+
+
+SMALL = Sizes()
+WIDE = Sizes(d=96, f=160, vocab=200, layers=2, batch=(4, 32), loops=False)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -26,88 +39,98 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked)
 
 
-def by_hand() -> Model:
+def by_hand(sizes: Sizes = SMALL) -> Model:
     """Plain arrays: weights on either side, (out, in), stacks read by a loop and by an index, a scaled weight."""
     keys = iter(jax.random.split(jax.random.key(0), 20))
+    d, f, heads, vocab, layers, *_ = sizes
 
     def normal(*shape: int) -> jax.Array:
         return jax.random.normal(next(keys), shape) * shape[-1] ** -0.5
 
     params = {
-        "embed": normal(VOCAB, D),
-        "up": normal(LAYERS, D, F),
-        "down": normal(LAYERS, F, D),
-        "left": normal(D, D),
-        "heads": normal(HEADS, D // HEADS, D),
-        "transposed": normal(F, D),
-        "bias": jnp.zeros(D),
+        "embed": normal(vocab, d),
+        "up": normal(layers, d, f),
+        "down": normal(layers, f, d),
+        "left": normal(d, d),
+        "heads": normal(heads, d // heads, d),
+        "transposed": normal(f, d),
+        "bias": jnp.zeros(d),
     }
 
     def loss(params: Any, batch: jax.Array) -> jax.Array:
-        x = params["embed"][batch] * jnp.sqrt(jnp.float32(D))
-        for i in range(LAYERS):
+        x = params["embed"][batch] * jnp.sqrt(jnp.float32(d))
+        for i in range(layers):
             x = x + jax.nn.gelu(x @ params["up"][i]) @ params["down"][i]
         x = jnp.swapaxes(params["left"] @ jnp.swapaxes(x, 1, 2), 1, 2)
-        x = jnp.einsum("blhk,hkd->bld", x.reshape(*x.shape[:2], HEADS, -1), params["heads"])
+        x = jnp.einsum("blhk,hkd->bld", x.reshape(*x.shape[:2], heads, -1), params["heads"])
         x = jax.nn.relu(x @ (params["transposed"] * 0.5).T) @ params["transposed"] + params["bias"]
         return cross_entropy(x @ params["embed"].T, batch)
 
-    return loss, params, (tokens(),)
+    return loss, params, (sizes.tokens(),)
 
 
 class _Block(nn.Module):
+    sizes: Sizes
     dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, _: Any) -> tuple[jax.Array, None]:
+        d, f, heads, *_ = self.sizes
         y = nn.LayerNorm(dtype=self.dtype, name="norm")(x)
         q, k, v = (
-            nn.DenseGeneral((HEADS, D // HEADS), dtype=self.dtype, name=name)(y) for name in ("query", "key", "value")
+            nn.DenseGeneral((heads, d // heads), dtype=self.dtype, name=name)(y) for name in ("query", "key", "value")
         )
         y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        x = x + nn.DenseGeneral(D, axis=(-2, -1), dtype=self.dtype, name="out")(y)
-        y = nn.Dense(F, dtype=self.dtype, name="up")(x)
-        return x + nn.Dense(D, dtype=self.dtype, name="down")(nn.silu(y)), None
+        x = x + nn.DenseGeneral(d, axis=(-2, -1), dtype=self.dtype, name="out")(y)
+        y = nn.Dense(f, dtype=self.dtype, name="up")(x)
+        return x + nn.Dense(d, dtype=self.dtype, name="down")(nn.silu(y)), None
 
 
 class _Decoder(nn.Module):
     """A decoder whose layers are scanned over, rematerialized, and whose head is its embedding."""
 
+    sizes: Sizes
     dtype: Any = None
 
     @nn.compact
     def __call__(self, batch: jax.Array) -> jax.Array:
-        embed = nn.Embed(VOCAB, D, dtype=self.dtype, name="embed")
-        block = nn.scan(
-            nn.remat(_Block, prevent_cse=False), variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS
+        sizes = self.sizes
+        embed = nn.Embed(sizes.vocab, sizes.d, dtype=self.dtype, name="embed")
+        layers = nn.scan(
+            nn.remat(_Block, prevent_cse=False) if sizes.loops else _Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=sizes.layers,
+            unroll=1 if sizes.loops else sizes.layers,
         )
-        x, _ = block(self.dtype, name="layers")(embed(batch), None)
+        x, _ = layers(sizes, self.dtype, name="layers")(embed(batch), None)
         return embed.attend(x)
 
 
-def linen(dtype: Any = None) -> Model:
-    model = _Decoder(dtype)
-    params = model.init(jax.random.key(0), tokens())
+def linen(sizes: Sizes = SMALL, dtype: Any = None) -> Model:
+    model = _Decoder(sizes, dtype)
+    params = model.init(jax.random.key(0), sizes.tokens())
 
     def loss(params: Any, batch: jax.Array) -> jax.Array:
         return cross_entropy(model.apply(params, batch), batch)
 
-    return loss, params, (tokens(),)
+    return loss, params, (sizes.tokens(),)
 
 
-def bfloat16() -> Model:
+def bfloat16(sizes: Sizes = SMALL) -> Model:
     """Linen with parameters and computation in bfloat16."""
-    loss, params, batch = linen(jnp.bfloat16)
+    loss, params, batch = linen(sizes, jnp.bfloat16)
     return loss, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), batch
 
 
 class _Net(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs):
-        self.embed = nnx.Embed(VOCAB, D, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(HEADS, D, decode=False, rngs=rngs)
-        self.norm = nnx.LayerNorm(D, rngs=rngs)
-        self.up = nnx.Linear(D, F, rngs=rngs)
-        self.down = nnx.Linear(F, D, rngs=rngs)
+    def __init__(self, sizes: Sizes, rngs: nnx.Rngs):
+        d, f, heads, vocab, *_ = sizes
+        self.embed = nnx.Embed(vocab, d, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(heads, d, decode=False, rngs=rngs)
+        self.norm = nnx.LayerNorm(d, rngs=rngs)
+        self.up = nnx.Linear(d, f, rngs=rngs)
+        self.down = nnx.Linear(f, d, rngs=rngs)
 
     def __call__(self, batch: jax.Array) -> jax.Array:
         x = self.embed(batch)
@@ -115,13 +138,13 @@ class _Net(nnx.Module):
         return self.embed.attend(x + self.down(nnx.gelu(self.up(x))))
 
 
-def nnx_model() -> Model:
-    graph, params = nnx.split(_Net(nnx.Rngs(0)))
+def nnx_model(sizes: Sizes = SMALL) -> Model:
+    graph, params = nnx.split(_Net(sizes, nnx.Rngs(0)))
 
     def loss(params: Any, batch: jax.Array) -> jax.Array:
         return cross_entropy(nnx.merge(graph, params)(batch), batch)
 
-    return loss, params, (tokens(),)
+    return loss, params, (sizes.tokens(),)
 
 
 class _Equinox(eqx.Module):
@@ -129,23 +152,23 @@ class _Equinox(eqx.Module):
     mlp: eqx.nn.MLP
     head: eqx.nn.Linear
 
-    def __init__(self, key: jax.Array):
+    def __init__(self, sizes: Sizes, key: jax.Array):
         a, b, c = jax.random.split(key, 3)
-        self.embed = eqx.nn.Embedding(VOCAB, D, key=a)
-        self.mlp = eqx.nn.MLP(D, D, F, 2, key=b)
-        self.head = eqx.nn.Linear(D, VOCAB, key=c)
+        self.embed = eqx.nn.Embedding(sizes.vocab, sizes.d, key=a)
+        self.mlp = eqx.nn.MLP(sizes.d, sizes.d, sizes.f, 2, key=b)
+        self.head = eqx.nn.Linear(sizes.d, sizes.vocab, key=c)
 
     def __call__(self, token: jax.Array) -> jax.Array:
         return self.head(self.mlp(self.embed(token)))
 
 
-def equinox() -> Model:
+def equinox(sizes: Sizes = SMALL) -> Model:
     """Kernels (out, in), one token at a time under vmap, and leaves that are functions."""
 
     def loss(model: Any, batch: jax.Array) -> jax.Array:
         return cross_entropy(jax.vmap(jax.vmap(model))(batch), batch)
 
-    return loss, _Equinox(jax.random.key(0)), (tokens(),)
+    return loss, _Equinox(sizes, jax.random.key(0)), (sizes.tokens(),)
 
 
 ZOO = {"by_hand": by_hand, "linen": linen, "bfloat16": bfloat16, "nnx": nnx_model, "equinox": equinox}

@@ -44,8 +44,9 @@ def checkpoint(interpreter: Interpreter, eqn: Any, *operands: Any) -> list[Any]:
 def cond(interpreter: Interpreter, eqn: Any, index: Any, *operands: Any) -> Any:
     """Each branch is interpreted; a weight that is chosen by the condition itself has no factored form."""
     branches = eqn.params["branches"]
-    if is_factored(index) or any(name != "branches" for name in eqn.params):
+    if any(name != "branches" for name in eqn.params):
         return NotImplemented
+    index = interpreter.form(index, eqn) if is_factored(index) else index
     plain = [functools.partial(_arrays, interpreter, eqn, branch) for branch in branches]
     return lax.switch(index, plain, *operands)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.contract import Axis, contract, reshape, size_of
-from lora_jax.factored import Factored, Network, evaluate, is_factored
+from lora_jax.factored import Factored, Network, is_factored, total
 from lora_jax.lift import Interpreter, rule
 
 
@@ -27,7 +27,7 @@ def conv_general_dilated(interpreter: Interpreter, eqn: Any, x: Any, kernel: Any
     if any(inner & {*axes} and outer & {*axes} for delta in kernel.deltas for axes in delta.axes):
         return NotImplemented
     interpreter.record(kernel, eqn, "conv", tuple(inner), tuple(outer))
-    base = evaluate(dataclasses.replace(kernel, deltas=()))
+    base = total(dataclasses.replace(kernel, deltas=()))
     y = eqn.primitive.bind(x, base, **eqn.params)
     return functools.reduce(jnp.add, [_low_rank(eqn, x, kernel, delta, inner) for delta in kernel.deltas], y)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 from jax import lax
 
 from lora_jax.contract import Axes, Axis
-from lora_jax.factored import Factored, evaluate, is_factored
+from lora_jax.factored import Factored, is_factored, total
 from lora_jax.lift import Interpreter, rule
 
 Cut = Callable[[jax.Array, int], jax.Array]
@@ -97,7 +98,7 @@ def gather(interpreter: Interpreter, eqn: Any, weight: Any, indices: Any) -> Any
     column = numbers.start_index_map.index(picked)
     rows = tuple(Axis(f"{axis.name}@{i}", size) for i, size in enumerate(indices.shape[:-1]))
 
-    def pick(array: jax.Array, dim: int) -> jax.Array:
+    def pick(fill: Any, array: jax.Array, dim: int) -> jax.Array:
         others = (d for d in range(array.ndim) if d != dim)
         small = lax.GatherDimensionNumbers(
             offset_dims=tuple(d if d < dim else d + len(rows) - 1 for d in others),
@@ -109,11 +110,11 @@ def gather(interpreter: Interpreter, eqn: Any, weight: Any, indices: Any) -> Any
         return lax.gather(array, indices[..., column : column + 1], small, sizes, fill_value=fill, **same)
 
     # Where rows are out of bounds and filled, the base alone has the fill value; ΔW is zero there.
-    fill = 0 if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP else None
-    value = along(weight, axis, rows, pick)
-    if fill is not None and weight.base:
-        fill = eqn.params["fill_value"]
-        value = dataclasses.replace(value, base=along(dataclasses.replace(weight, deltas=()), axis, rows, pick).base)
+    filled = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+    value = along(weight, axis, rows, functools.partial(pick, 0 if filled else None))
+    if filled:
+        base = along(weight, axis, rows, functools.partial(pick, eqn.params["fill_value"])).base
+        value = dataclasses.replace(value, base=base)
     dims = [() if d == picked else group for d, group in enumerate(weight.dims)]
     kept = [group for d, group in enumerate(dims) if d not in numbers.collapsed_slice_dims]
     groups, spread = iter(kept), iter((row,) for row in rows)
@@ -123,7 +124,7 @@ def gather(interpreter: Interpreter, eqn: Any, weight: Any, indices: Any) -> Any
     if not _is_looked_up(value, left, rows):
         return value
     interpreter.record(weight, eqn, "embedding", (axis,), tuple(left))
-    return evaluate(value)
+    return total(value)
 
 
 def _picked(eqn: Any, weight: Any, indices: Any) -> int | None:

@@ -36,22 +36,22 @@ def dot_general(interpreter: Interpreter, eqn: Any, lhs: Any, rhs: Any) -> Any:
 
     out = eqn.outvars[0].aval
     x_axes = _flat(names)
-    total: Any = jnp.zeros(out.shape, out.dtype) if not weight.terms else None
+    y: Any = jnp.zeros(out.shape, out.dtype) if not weight.terms else None
     for term in weight.terms:
         if len(term.operands) > 1:
             # In low-rank products the activation is flattened to two dimensions: XLA's CPU back end is slow at skinny
             # products of more. The plain product with the base leaves it in the shape it has.
             x_axes, x_out = _merged(x_axes, x_out)
-        y = contract(
+        part = contract(
             [(reshape(x, tuple(axis.size for axis in x_axes)), x_axes), *term.at(weight.dtype)],
             (*batch, *w_out, *x_out) if is_factored(lhs) else (*batch, *x_out, *w_out),
             whole=weight.whole,
             precision=eqn.params["precision"],
             preferred_element_type=eqn.params["preferred_element_type"],
         )
-        y = reshape(y.astype(out.dtype), out.shape)
-        total = y if total is None else total + y
-    return total
+        part = reshape(part.astype(out.dtype), out.shape)
+        y = part if y is None else y + part
+    return y
 
 
 def _merged(axes: Axes, free: Axes) -> tuple[Axes, Axes]:
