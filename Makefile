@@ -7,7 +7,7 @@
 #   make clean    remove the environments, caches and build outputs
 #
 # Another Python, another environment:  make test PYTHON=python3.12 VENV=.venv-3.12
-# Fewer tests:                          make test PYTEST_ARGS="tests/test_laws.py -k DoRA"
+# Fewer tests:                          make test PYTEST_ARGS="tests/test_laws.py -k rank_1"
 
 PYTHON ?= python3
 VENV ?= .venv
