@@ -7,9 +7,12 @@ import json
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import orbax.checkpoint
 import pytest
 import safetensors.flax
 from checks import randomized
@@ -33,8 +36,8 @@ LORA_PARAMS = randomized(INITIAL)
 
 def test_the_same_bits(tmp_path):
     loaded = lora.load(lora.save(tmp_path / "adapter.safetensors", LORA_PARAMS))
-    assert jax.tree.structure(loaded) == jax.tree.structure(LORA_PARAMS)
-    jax.tree.map(np.testing.assert_array_equal, loaded, LORA_PARAMS)
+    chex.assert_trees_all_equal(loaded, LORA_PARAMS)
+    chex.assert_trees_all_equal_shapes_and_dtypes(loaded, LORA_PARAMS)
     assert loaded["dense/kernel"].factors["A"].dtype == jnp.bfloat16
     assert [p.name for p in tmp_path.iterdir()] == ["adapter.safetensors"]
 
@@ -50,6 +53,17 @@ def test_a_loaded_adapter_swaps_in_without_retracing(tmp_path):
 
     run(LORA_PARAMS), run(loaded), run(INITIAL)
     assert len(traces) == 1
+
+
+@pytest.mark.standard_promotion
+def test_orbax_keeps_training_state(tmp_path):
+    """Adapters and their optimizer state are pytrees like any other."""
+    state = {"lora_params": LORA_PARAMS, "opt_state": lora.optimizer(optax.adam(1e-3)).init(LORA_PARAMS)}
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "step_0", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "step_0", jax.eval_shape(lambda: state))
+    chex.assert_trees_all_equal(restored, state)
 
 
 def test_the_bytes_are_reproducible(tmp_path):

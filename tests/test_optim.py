@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,8 +81,8 @@ def test_a_combined_tree_trains_as_the_factors_alone_do():
         tree, combined_state = combined_step(tree, states[0])
         lora_params, state = step(lora_params, states[1])
         states = combined_state, state
-    jax.tree.map(np.testing.assert_array_equal, tree["base"], FROZEN)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), tree["lora"], lora_params)
+    chex.assert_trees_all_equal(tree["base"], FROZEN)
+    chex.assert_trees_all_close(tree["lora"], lora_params, rtol=1e-5, atol=1e-6)
     assert float(jnp.abs(lora_params["up/kernel"].factors["B"]).max()) > 0
 
 
@@ -99,7 +100,7 @@ def test_a_train_state_of_flax():
     for _ in range(10):
         state, last = step(state)
     assert float(last) < float(first)
-    jax.tree.map(np.testing.assert_array_equal, state.params["base"], FROZEN)
+    chex.assert_trees_all_equal(state.params["base"], FROZEN)
 
 
 def test_merged_weights_outlive_a_donated_step():
