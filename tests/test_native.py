@@ -101,7 +101,7 @@ def rewritten(path, change):
     """The file with its description changed."""
     with safetensors.safe_open(path, framework="flax") as file:
         described = json.loads(file.metadata()["lora_jax"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     change(described, tensors)
     safetensors.flax.save_file(tensors, path, {"lora_jax": json.dumps(described)})
 

@@ -87,7 +87,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Adapter]:
     try:
         with safe_open(path, framework="flax") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path}: no whole safetensors file ({error})") from error
     if "lora_jax" not in metadata:
