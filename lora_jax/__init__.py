@@ -1,6 +1,6 @@
 """LoRA for any JAX function over any pytree: the public names, and nothing else."""
 
-from lora_jax import rules as _rules  # noqa: F401  (registers the rules)
+from lora_jax import rules as _rules  # noqa: F401  (imported for its effect: each rule registers itself with the interpreter)
 from lora_jax.adapters import Adapter, attach, merge, split, unmerge
 from lora_jax.factored import Factored, FactoredError, Network, materialize
 from lora_jax.formats.native import load, save

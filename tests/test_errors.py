@@ -234,3 +234,13 @@ def test_an_optimizer_without_adapters():
         lora.optimizer({"frozen": optax.sgd(0.1)})
     with pytest.raises(ValueError, match=r"LoRA has factors labelled \['B'\], for which there is no transform among"):
         lora.optimizer({"A": optax.sgd(0.1)}).init(lora_params)
+
+
+def test_a_variant_that_is_not_whole():
+    class Halfway(lora.Variant):
+        def labels(self):
+            return {}
+
+    del lora.Variant.registry["Halfway"]
+    with pytest.raises(TypeError, match=r"abstract class Halfway .*delta.*initial"):
+        Halfway()

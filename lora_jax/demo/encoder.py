@@ -45,7 +45,7 @@ def load(model: str | None = None) -> Encoder:
         raise FileNotFoundError(f"'{file}' is missing: save the model's fast tokenizer beside its weights")
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the Rust code raises Exception itself
+    except Exception as error:  # tokenizers raises the bare Exception class, so nothing narrower catches it
         raise ValueError(f"'{file}' is no tokenizer ({error}): save the model's fast tokenizer anew") from error
     if tokenizer.get_vocab_size() > module.config.vocab_size:
         raise ValueError(

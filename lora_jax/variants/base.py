@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -19,7 +20,7 @@ RANK = "rank"
 
 
 @dataclasses.dataclass(frozen=True)
-class Variant:
+class Variant(abc.ABC):
     """The base class of variants. A new one is a frozen dataclass in a file of its own, with
     `initial`, `delta` and `labels`.
 
@@ -61,6 +62,7 @@ class Variant:
         groups = [tuple(np.atleast_1d(np.asarray(group, int)).tolist()) for group in (batch_axes, in_axes, out_axes)]
         return Placed(self, *groups)
 
+    @abc.abstractmethod
     def initial(self, key: jax.Array, weight: Any, site: Site) -> tuple[Any, Factors]:
         """What stays frozen at the leaf (the weight itself, for most), and the factors to start from.
 
@@ -72,19 +74,18 @@ class Variant:
         Raises:
           ValueError: The variant does not suit the site. `split` puts the path in front of the message.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how its factors begin")
 
+    @abc.abstractmethod
     def delta(self, factors: Factors, site: Site) -> Network:
         """ΔW as an unevaluated network over `site.axes()` and axes of its own."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what its ΔW is")
 
     def apply(self, base: Factored, factors: Factors, site: Site) -> Factored | jax.Array:
         """What `attach` puts at the leaf: base + ΔW."""
         return base.add(self.delta(factors, site))
 
+    @abc.abstractmethod
     def labels(self) -> dict[str, str]:
         """For each factor, the label that `optimizer` knows it by; "frozen" for one that does not train."""
-        raise NotImplementedError(f"{type(self).__name__} does not say which of its factors train")
 
 
 @dataclasses.dataclass(frozen=True)

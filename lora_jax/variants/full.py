@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lora_jax.factored import Factored
+from lora_jax.factored import Factored, Network, total, weight_axes
 from lora_jax.sites import Site
 from lora_jax.variants.base import Factors, Variant
 
@@ -42,12 +42,13 @@ class Full(Variant):
             raise ValueError("Full copies the leaf, and this one has no values: split inside jax.eval_shape")
         return weight, {"weight": jnp.array(weight, jax.dtypes.canonicalize_dtype(dtype), copy=True)}
 
+    def delta(self, factors: Factors, site: Site) -> Network:
+        """The factor alone, over all axes of the leaf."""
+        return Network((factors["weight"],), (weight_axes(site.shape),))
+
     def apply(self, base: Factored, factors: Factors, site: Site) -> jax.Array:
-        """The factor, in the leaf's dtype."""
-        weight = factors["weight"]
-        if weight.shape != base.shape:
-            raise ValueError(f"{base.path!r} {base.shape}: a factor of shape {weight.shape} does not fit")
-        return weight.astype(base.dtype)
+        """The factor in the base's place, in the leaf's dtype."""
+        return total(dataclasses.replace(base, base=None).add(self.delta(factors, site)))
 
     def labels(self) -> dict[str, str]:
         """One label, "weight"."""
