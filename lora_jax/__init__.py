@@ -2,16 +2,20 @@
 
 from lora_jax import rules as _rules  # noqa: F401  (imported for its effect: each rule registers itself with the interpreter)
 from lora_jax.adapters import Adapter, attach, merge, split, unmerge
+from lora_jax.contract import Cost
 from lora_jax.factored import Factored, FactoredError, Network, materialize
 from lora_jax.formats.native import load, save
-from lora_jax.lift import Interpreter, MaterializeError, UnusedError, Use, lift, rule
+from lora_jax.interpreter import Interpreter, MaterializeError, rule
+from lora_jax.lift import UnusedError, lift
 from lora_jax.optim import optimizer
 from lora_jax.sites import Site, sites
 from lora_jax.summary import Summary, summary
+from lora_jax.uses import Use
 from lora_jax.variants import Full, LoRA, Variant
 
 __all__ = [
     "Adapter",
+    "Cost",
     "Factored",
     "FactoredError",
     "Full",

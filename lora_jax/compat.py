@@ -46,6 +46,23 @@ def last_uses(jaxpr: Any) -> list[list[Any]]:
     return dead[::-1]
 
 
+def forwarded(jaxpr: Any) -> list[int | None]:
+    """For each result of a jaxpr, the number of the argument that it is, unchanged; None where it is none."""
+    jaxpr, _ = parts(jaxpr)
+    source = {v: i for i, v in enumerate(jaxpr.invars)}
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("copy", "copy_p", "optimization_barrier"):
+            same: Sequence[int | None] = range(len(eqn.invars))
+        elif eqn.primitive.name in ("jit", "pjit", "remat", "remat2", "checkpoint"):
+            same = forwarded(eqn.params["jaxpr"])
+        else:
+            continue
+        for out, i in zip(eqn.outvars, same, strict=True):
+            if i is not None and not is_literal(eqn.invars[i]) and eqn.invars[i] in source:
+                source[out] = source[eqn.invars[i]]
+    return [None if is_literal(v) else source.get(v) for v in jaxpr.outvars]
+
+
 def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """Evaluate one equation as it stands, inside whatever trace is current; its results as a list."""
     out = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))

@@ -2,34 +2,65 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Sequence, Set
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence, Set
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 
-class Axis(NamedTuple):
-    """A named axis: of a weight (then `root` is the dimension of the leaf that it comes from), or of anything else."""
+@dataclasses.dataclass(frozen=True, order=True, slots=True)
+class Axis:
+    """A named axis, of a weight or of anything else; axes of the same name and size are the same axis.
+
+    Attributes:
+      name: Its name.
+      size: Its length.
+      roots: The dimensions of leaves that it comes from, as pairs of path and number; for messages.
+    """
 
     name: str
     size: int
-    root: int | None = None
+    roots: tuple[tuple[str, int], ...] = dataclasses.field(default=(), compare=False)
 
     def split(self, major: int) -> tuple[Axis, Axis]:
         """The axis as two, the first of size `major`.
 
-        >>> Axis("1", 512, 1).split(8)
-        (Axis(name='1.0', size=8, root=1), Axis(name='1.1', size=64, root=1))
+        >>> Axis("1", 512).split(8)
+        (Axis(name='1.0', size=8, roots=()), Axis(name='1.1', size=64, roots=()))
         """
-        return Axis(f"{self.name}.0", major, self.root), Axis(f"{self.name}.1", self.size // major, self.root)
+        return Axis(f"{self.name}.0", major, self.roots), Axis(f"{self.name}.1", self.size // major, self.roots)
 
 
 Axes = tuple[Axis, ...]
 Order = tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a contraction costs, forward.
+
+    Attributes:
+      base: FLOPs with a weight's base, two for each multiplication and addition.
+      low_rank: FLOPs with its factors.
+      order: The order of the products, such as "(x·A)·B"; sums of several contractions are joined by " + ".
+    """
+
+    base: int = 0
+    low_rank: int = 0
+    order: str = ""
+
+    def times(self, n: int) -> Cost:
+        """The cost of `n` such contractions.
+
+        >>> Cost(10, 2, "x·A").times(3)
+        Cost(base=30, low_rank=6, order='x·A')
+        """
+        return dataclasses.replace(self, base=n * self.base, low_rank=n * self.low_rank)
 
 
 def size_of(axes: Sequence[Axis] | Set[Axis]) -> int:
@@ -37,11 +68,27 @@ def size_of(axes: Sequence[Axis] | Set[Axis]) -> int:
     return math.prod(axis.size for axis in axes)
 
 
+def order(
+    operands: tuple[Axes, ...], out: frozenset[Axis], whole: frozenset[Axis] = frozenset(), lead: bool = True
+) -> Order:
+    """The cheapest sequence of pairs i < j to multiply, each product taking the place of its left operand.
+
+    The cost is the number of multiplications. No product of factors alone may carry all of `whole`; the first operand
+    is no factor if it is a `lead`, that is an activation.
+
+    >>> n, d, r, k = Axis("n", 64), Axis("d", 512), Axis("r", 8), Axis("k", 512)
+    >>> order(((n, d), (d, r), (r, k)), frozenset({n, k}))  # (x·A)·B, not x·(A·B)
+    ((0, 1), (0, 1))
+    """
+    return _search(operands, out, whole, lead)[1]
+
+
 def contract(
     operands: Sequence[tuple[jax.Array, Axes]],
     out: Axes,
     *,
     whole: Set[Axis] = frozenset(),
+    order: Callable[..., Order] = order,
     precision: Any = None,
     preferred_element_type: Any = None,
 ) -> jax.Array:
@@ -51,6 +98,7 @@ def contract(
       operands: Arrays with the axes of their dimensions; where there is an activation, it comes first.
       out: The axes of the result; one that no operand carries is broadcast.
       whole: The axes of the weight, which no product of factors alone may carry together.
+      order: What chooses the order, from the operands' axes, those of the result, and `whole`.
       precision: As in `jax.lax.dot_general`.
       preferred_element_type: As in `jax.lax.dot_general`.
 
@@ -58,9 +106,7 @@ def contract(
       An array with one dimension for each axis of `out`.
     """
     named = [axes for _, axes in operands]
-    live = [
-        _sum_out(x, axes, frozenset(out).union(*named[:i], *named[i + 1 :])) for i, (x, axes) in enumerate(operands)
-    ]
+    live = [_sum_out(x, axes, kept) for (x, axes), kept in zip(operands, _kept(named, out), strict=True)]
     for i, j in order(tuple(axes for _, axes in live), frozenset(out), frozenset(whole)):
         right, left = live.pop(j), live.pop(i)
         keep = frozenset(out).union(*(axes for _, axes in live))
@@ -70,32 +116,50 @@ def contract(
     return _arrange(*live[0], out)
 
 
-def order(operands: tuple[Axes, ...], out: frozenset[Axis], whole: frozenset[Axis] = frozenset()) -> Order:
-    """The cheapest sequence of pairs i < j to multiply, each product taking the place of its left operand.
-
-    The cost is the number of multiplications. No product of factors alone (i > 0) may carry all of `whole`.
+def work(
+    operands: Sequence[Axes], out: Axes, names: str, whole: Set[Axis] = frozenset(), order: Callable[..., Order] = order
+) -> tuple[int, str]:
+    """The FLOPs of `contract`, and its order as an expression over `names`, one letter for each operand.
 
     >>> n, d, r, k = Axis("n", 64), Axis("d", 512), Axis("r", 8), Axis("k", 512)
-    >>> order(((n, d), (d, r), (r, k)), frozenset({n, k}))  # (x A) B, not x (A B)
-    ((0, 1), (0, 1))
+    >>> work([(n, d), (d, r), (r, k)], (n, k), "xAB")
+    (1048576, '(x·A)·B')
     """
-    return _search(operands, out, whole)[1]
+    live = [tuple(a for a in axes if a in kept) for axes, kept in zip(operands, _kept(operands, out), strict=True)]
+    words, flops = list(names), 0
+    for i, j in order(tuple(live), frozenset(out), frozenset(whole)):
+        right, left = live.pop(j), live.pop(i)
+        union, keep = frozenset(left) | frozenset(right), frozenset(out).union(*live)
+        flops += size_of(union) * (1 if union <= keep else 2)
+        live.insert(i, tuple(union & keep))
+        word = words.pop(j)
+        words[i] = f"({words[i]}·{word})"
+    return flops, words[0].removeprefix("(").removesuffix(")") if len(names) > 1 else words[0]
+
+
+def _kept(operands: Sequence[Axes], out: Axes) -> list[frozenset[Axis]]:
+    """For each operand, the axes that the result or another operand has."""
+    return [frozenset(out).union(*operands[:i], *operands[i + 1 :]) for i in range(len(operands))]
 
 
 @functools.lru_cache(maxsize=4096)
-def _search(operands: tuple[Axes, ...], out: frozenset[Axis], whole: frozenset[Axis]) -> tuple[float, Order]:
+def _search(
+    operands: tuple[Axes, ...], out: frozenset[Axis], whole: frozenset[Axis], lead: bool
+) -> tuple[float, Order]:
     if len(operands) == 1:
-        return 0.0, ()
+        return 0, ()
     best: tuple[float, Order] = (math.inf, ())
     for i in range(len(operands)):
         for j in range(i + 1, len(operands)):
             union = frozenset(operands[i]) | frozenset(operands[j])
             product = tuple(sorted(union & out.union(*operands[:i], *operands[i + 1 : j], *operands[j + 1 :])))
-            if i > 0 and whole and whole.issubset(product):
+            if (i > 0 or not lead) and whole and whole.issubset(product):
                 continue
             rest = operands[:i] + (product,) + operands[i + 1 : j] + operands[j + 1 :]
-            cost, tail = _search(rest, out, whole)
-            best = min(best, (size_of(union) + cost, ((i, j), *tail)))
+            cost, tail = _search(rest, out, whole, lead)
+            # A size that is not known yet (of an exported function) counts as that of a large batch.
+            known = math.prod(axis.size if isinstance(axis.size, int) else 4096 for axis in union)
+            best = min(best, (known + cost, ((i, j), *tail)))
     return best
 
 

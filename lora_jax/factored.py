@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeGuard
 
 import jax
@@ -14,12 +15,35 @@ from jax import lax
 
 from lora_jax.contract import Axes, Axis, contract, reshape, size_of
 
+Change = Callable[[jax.Array, Axes], tuple[jax.Array, Axes]]
+
 
 class FactoredError(TypeError):
     """A Factored leaf was used as if it were an array, outside `lift`."""
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["operands"], meta_fields=["axes", "scale"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys"], meta_fields=["axes", "rate"])
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dropout:
+    """What of a network's input is dropped.
+
+    Attributes:
+      keys: PRNG keys, one for each entry along the weight's batch axes; a slice of the weight takes its own.
+      axes: The axes of `keys`.
+      rate: The probability that an input is dropped; the others are divided by what is left.
+    """
+
+    keys: jax.Array
+    axes: Axes
+    rate: float
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The input with a share of it dropped."""
+        kept = jax.random.bernoulli(self.keys.ravel()[0], 1 - self.rate, x.shape)
+        return jnp.where(kept, x / jnp.asarray(1 - self.rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["operands", "dropout"], meta_fields=["axes", "scale"])
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
     """A product of arrays over named axes, unevaluated: the einsum over every axis that the weight does not have.
@@ -28,20 +52,33 @@ class Network:
       operands: The arrays.
       axes: For each operand, the axes of its dimensions. Axes with the same name are the same axis.
       scale: A number that multiplies the whole; it is folded into the smallest operand.
+      dropout: What of an activation is dropped before it is multiplied by the network.
     """
 
     operands: tuple[jax.Array, ...]
     axes: tuple[Axes, ...]
     scale: float = 1.0
+    dropout: Dropout | None = None
 
-    def map(self, change: Callable[[jax.Array, Axes], tuple[jax.Array, Axes]]) -> Network:
-        """The network with each operand and its axes changed."""
+    def map(self, change: Change) -> Network:
+        """The network with each operand and its axes changed, and with the keys of its dropout."""
         pairs = [change(operand, axes) for operand, axes in zip(self.operands, self.axes, strict=True)]
-        return Network(tuple(a for a, _ in pairs), tuple(axes for _, axes in pairs), self.scale)
+        drop = self.dropout
+        drop = drop and Dropout(*change(drop.keys, drop.axes), drop.rate)
+        return Network(tuple(a for a, _ in pairs), tuple(axes for _, axes in pairs), self.scale, drop)
+
+    def cast(self, dtype: Any) -> Network:
+        """The network with each operand in another dtype."""
+        operands = tuple(lax.convert_element_type(array, dtype) for array in self.operands)
+        return dataclasses.replace(self, operands=operands)
 
     def times(self, array: jax.Array, axes: Axes) -> Network:
         """The network multiplied, element by element, by an array over some of the axes."""
-        return Network((*self.operands, array), (*self.axes, axes), self.scale)
+        return dataclasses.replace(self, operands=(*self.operands, array), axes=(*self.axes, axes))
+
+    def drop(self, x: jax.Array) -> jax.Array:
+        """An activation as the network gets it."""
+        return self.dropout(x) if self.dropout else x
 
     def at(self, dtype: Any) -> list[tuple[jax.Array, Axes]]:
         """The operands with their axes, the scale folded in, in the dtype they are to be multiplied in."""
@@ -53,7 +90,9 @@ class Network:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["base", "deltas"], meta_fields=["dims", "dtype", "path"]
+    jax.tree_util.register_dataclass,
+    data_fields=["base", "deltas"],
+    meta_fields=["dims", "dtype", "paths", "mixed", "is_product"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Factored:
@@ -68,20 +107,27 @@ class Factored:
       dims: For each dimension of the value, the axes it is made of, slowest first. Reshapes and transposes of the
         weight change this and leave the factors alone; an axis that no operand carries is a broadcast.
       dtype: The dtype that the value has, and in which products with it are made.
-      path: The leaf's path, for messages.
+      paths: The path of the leaf, or of each leaf that the value is put together from, for messages.
+      mixed: Whether an array was added to the base that may be an activation, such as tokens to their positions: what
+        meets a weight then takes the part of the activation.
+      is_product: Whether it is the element-wise product of two weights, whose sums cost little, but whose products with
+        activations cost more than forming it would.
     """
 
     base: Network | None
     deltas: tuple[Network, ...]
     dims: tuple[Axes, ...]
     dtype: Any
-    path: str
+    paths: tuple[str, ...]
+    mixed: bool = False
+    is_product: bool = False
 
     @classmethod
     def of(cls, base: Any, path: str) -> Factored:
         """A leaf as it is, one axis for each dimension, named by its number."""
-        axes, dtype = weight_axes(base.shape), jax.dtypes.canonicalize_dtype(base.dtype)
-        return cls(Network((base,), (axes,)), (), tuple((axis,) for axis in axes), dtype, path)
+        dtype = jax.dtypes.canonicalize_dtype(base.dtype)
+        axes = tuple(dataclasses.replace(axis, roots=((path, d),)) for d, axis in enumerate(weight_axes(base.shape)))
+        return cls(Network((base,), (axes,)), (), tuple((axis,) for axis in axes), dtype, (path,))
 
     @property
     def terms(self) -> tuple[Network, ...]:
@@ -109,6 +155,16 @@ class Factored:
         return tuple(axis for group in self.dims for axis in group)
 
     @property
+    def names(self) -> frozenset[str]:
+        """The names of all axes of the value and of its operands."""
+        carried = (axes for term in self.terms for axes in term.axes)
+        return frozenset(axis.name for axes in (*carried, self.axes) for axis in axes)
+
+    def fresh(self) -> Iterator[str]:
+        """Names for axes that are not taken yet."""
+        return fresh(self.names)
+
+    @property
     def whole(self) -> frozenset[Axis]:
         """The axes that make a product as large as the weight: those of its own, not those it is broadcast over."""
         carried = {axis for term in self.terms for axes in term.axes for axis in axes}
@@ -116,8 +172,18 @@ class Factored:
 
     @property
     def is_vector(self) -> bool:
-        """Whether at most one axis is longer than 1, so that nothing is saved by holding factors apart."""
-        return sum(axis.size > 1 for axis in self.axes) <= 1
+        """Whether at most one axis is longer than 1 and not broadcast: nothing is saved by holding factors apart."""
+        return len(self.whole) <= 1
+
+    @property
+    def is_broadcast(self) -> bool:
+        """Whether the value is the same all along some axis."""
+        return size_of(self.whole) != self.size
+
+    @property
+    def name(self) -> str:
+        """The paths, for messages."""
+        return " with ".join(map(repr, self.paths))
 
     @property
     def stand_in(self) -> Any:
@@ -132,10 +198,12 @@ class Factored:
         Raises:
           ValueError: An operand's shape is not that of its axes.
         """
+        own = {axis: axis for axis in self.axes}
+        network = network.map(lambda array, axes: (array, tuple(own.get(axis, axis) for axis in axes)))
         for array, axes in zip(network.operands, network.axes, strict=True):
             if tuple(array.shape) != tuple(axis.size for axis in axes):
                 named = ", ".join(f"{axis.name}: {axis.size}" for axis in axes)
-                raise ValueError(f"{self.path!r} {self.shape}: a factor of shape {array.shape} does not fit ({named})")
+                raise ValueError(f"{self.name} {self.shape}: a factor of shape {array.shape} does not fit ({named})")
         return dataclasses.replace(self, deltas=(*self.deltas, network))
 
     def each(self, change: Callable[[Network], Network]) -> Factored:
@@ -143,7 +211,7 @@ class Factored:
         base = None if self.base is None else change(self.base)
         return dataclasses.replace(self, base=base, deltas=tuple(change(delta) for delta in self.deltas))
 
-    def map(self, change: Callable[[jax.Array, Axes], tuple[jax.Array, Axes]]) -> Factored:
+    def map(self, change: Change) -> Factored:
         """The value with each operand of each network changed; its dims stay."""
         return self.each(lambda network: network.map(change))
 
@@ -163,6 +231,23 @@ class Factored:
 
         return dataclasses.replace(self.map(change), dims=tuple(refine(group) for group in self.dims))
 
+    def relabel(self, change: Callable[[Axis], Axis]) -> Factored:
+        """The value with each axis changed, in dims and in operands."""
+
+        def relabeled(axes: Axes) -> Axes:
+            return tuple(map(change, axes))
+
+        value = self.map(lambda array, axes: (array, relabeled(axes)))
+        return dataclasses.replace(value, dims=tuple(map(relabeled, self.dims)))
+
+    def renamed(self, names: Mapping[str, str]) -> Factored:
+        """The value with other paths."""
+
+        def change(axis: Axis) -> Axis:
+            return dataclasses.replace(axis, roots=tuple((names.get(path, path), d) for path, d in axis.roots))
+
+        return dataclasses.replace(self.relabel(change), paths=tuple(names.get(path, path) for path in self.paths))
+
     def without_units(self) -> Factored:
         """The value without axes of size 1; its dims of size 1 then have no axis at all."""
 
@@ -176,7 +261,7 @@ class Factored:
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise FactoredError(
-            f"{self.path!r} {self.shape} holds W and ΔW apart and is no array: pass the tree that `attach` made as an "
+            f"{self.name} {self.shape} holds W and ΔW apart and is no array: pass the tree that `attach` made as an "
             "argument to a function lifted with `lift` (one that closes over it does not see it as an argument), or "
             "use `merge` for plain weights"
         )
@@ -194,13 +279,18 @@ def is_factored(leaf: Any) -> TypeGuard[Factored]:
     return isinstance(leaf, Factored)
 
 
+def fresh(taken: frozenset[str]) -> Iterator[str]:
+    """Names for axes that are none of those taken."""
+    return (name for i in itertools.count() if (name := f"a{i}") not in taken)
+
+
 def weight_axes(shape: Sequence[int]) -> Axes:
     """The axes of a leaf of this shape, each named by its number.
 
     >>> weight_axes((512, 64))
-    (Axis(name='0', size=512, root=0), Axis(name='1', size=64, root=1))
+    (Axis(name='0', size=512, roots=()), Axis(name='1', size=64, roots=()))
     """
-    return tuple(Axis(str(d), size, d) for d, size in enumerate(shape))
+    return tuple(Axis(str(d), size) for d, size in enumerate(shape))
 
 
 def materialize(value: Factored) -> jax.Array:

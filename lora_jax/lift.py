@@ -1,198 +1,42 @@
 """`lift`: run the user's function on a tree with Factored leaves, by interpreting its jaxpr.
 
-The function is traced once as if each Factored leaf were its base array. The loop below then walks the equations: one
-that no Factored value touches is evaluated as it stands; one that a Factored value touches goes to the rule of its
-primitive (see `rules/`); and where there is no rule, or the rule cannot keep the factors apart, the whole matrix would
-have to be formed, which is an error unless it is asked for. Nothing is formed silently.
+The function is traced once as if each Factored leaf were its base array; the interpreter then walks the equations.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar, overload
 
 import jax
 import jax.core
-import numpy as np
 
 from lora_jax import compat
-from lora_jax.contract import Axis
-from lora_jax.factored import Factored, is_factored, materialize, total
+from lora_jax.contract import Order, order
+from lora_jax.factored import Factored, is_factored
+from lora_jax.interpreter import Interpreter
 
 F = TypeVar("F", bound=Callable[..., Any])
-Rule = Callable[..., Any]
-
-RULES: dict[str, Rule] = {}
-
-
-class MaterializeError(TypeError):
-    """A primitive needs the whole matrix W + ΔW, which `lift` forms only where it is allowed to."""
+Allow = Literal["error", "allow"]
 
 
 class UnusedError(ValueError):
     """A leaf is adapted that the function never reads: its factors would not train."""
 
 
-def rule(*primitives: str) -> Callable[[Rule], Rule]:
-    """Registers `rule(interpreter, eqn, *operands)` for these primitives.
-
-    At least one operand is Factored. The rule returns the equation's result (a list of them where the primitive has
-    several), or NotImplemented where the factors cannot be kept apart.
-    """
-
-    def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(primitives, function))
-        return function
-
-    return register
-
-
-@dataclasses.dataclass(frozen=True)
-class Use:
-    """One use of a leaf: what consumes it, where, and which of the leaf's dimensions play which part.
-
-    Attributes:
-      kind: "linear", "conv", "embedding" (rows are looked up), or "other" (the whole matrix is needed).
-      in_axes: Dimensions that are summed over (or, of an embedding, looked up).
-      out_axes: Dimensions that the result has.
-      primitive: The JAX primitive that consumes it.
-      where: The user's line.
-    """
-
-    kind: str
-    in_axes: tuple[int, ...]
-    out_axes: tuple[int, ...]
-    primitive: str
-    where: str
-
-
-@dataclasses.dataclass
-class Interpreter:
-    """What the rules share during one interpretation.
-
-    Attributes:
-      allow: Whether a whole matrix may be formed.
-      uses: What has consumed each leaf so far, by path.
-      returned: The leaves that the function hands back, factored as they are.
-      line: The user's line that called the function being interpreted, for equations that know none.
-    """
-
-    allow: bool
-    uses: dict[str, list[Use]] = dataclasses.field(default_factory=dict)
-    returned: set[str] = dataclasses.field(default_factory=set)
-    line: str = "an unknown line"
-
-    def run(self, fun: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """What `fun(*args, **kwargs)` returns, any of whose leaves may be Factored."""
-        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_factored)
-        weights = {i: leaf for i, leaf in enumerate(leaves) if is_factored(leaf)}
-        jaxpr, rebuild = _trace(fun, leaves, treedef, weights)
-        results = self.evaluate(jaxpr, *weights.values())
-        self.returned.update(value.path for value in results if is_factored(value))
-        return rebuild(results)
-
-    def evaluate(self, jaxpr: Any, *operands: Any) -> list[Any]:
-        """The results of a jaxpr, open or closed, on operands of which any may be Factored; so may the results."""
-        jaxpr, consts = compat.parts(jaxpr)
-        env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *operands), strict=True))
-
-        def read(atom: Any) -> Any:
-            return atom.val if compat.is_literal(atom) else env[atom]
-
-        for eqn, dead in zip(jaxpr.eqns, compat.last_uses(jaxpr), strict=True):
-            with compat.context(eqn):
-                results = self._equation(eqn, [read(v) for v in eqn.invars])
-            env.update(zip(eqn.outvars, results, strict=True))
-            for variable in dead:
-                del env[variable]
-        return [read(v) for v in jaxpr.outvars]
-
-    def _equation(self, eqn: Any, operands: list[Any]) -> list[Any]:
-        if not any(map(is_factored, operands)):
-            return compat.bind(eqn, operands)
-        handle = RULES.get(eqn.primitive.name, _no_rule)
-        out = handle(self, eqn, *operands)
-        if out is not NotImplemented:
-            results = out if eqn.primitive.multiple_results else [out]
-            before = next(filter(is_factored, operands))
-            return [self.settled(y, before, eqn) if is_factored(y) else y for y in results]
-        return compat.bind(eqn, [self.form(x, eqn) if is_factored(x) else x for x in operands])
-
-    def where(self, eqn: Any) -> str:
-        """The user's line behind an equation."""
-        return compat.where(eqn) or self.line
-
-    @contextlib.contextmanager
-    def called_at(self, eqn: Any) -> Iterator[None]:
-        """While the body of a call is interpreted: its equations stand at the call's line, if at none of their own."""
-        outer, self.line = self.line, self.where(eqn)
-        try:
-            yield
-        finally:
-            self.line = outer
-
-    def record(self, value: Factored, eqn: Any, kind: str, in_axes: Sequence[Axis], out_axes: Sequence[Axis]) -> None:
-        """Notes that an equation consumes a value; the leaf's dimensions in neither group are batch axes."""
-        use = Use(kind, _roots(in_axes), _roots(out_axes), eqn.primitive.name, self.where(eqn))
-        self.uses.setdefault(value.path, []).append(use)
-
-    def settled(self, value: Factored, before: Factored, eqn: Any) -> Factored | jax.Array:
-        """A value, or the array that it is once an equation took a vector out of a matrix: a row that was looked up."""
-        if before.is_vector or not value.is_vector:
-            return value
-        if eqn.primitive.name in ("gather", "dynamic_slice"):
-            self.record(value, eqn, "embedding", [axis for axis in before.axes if axis not in value.axes], value.axes)
-        else:
-            self.record(value, eqn, "other", (), ())
-        return total(value)
-
-    def one_of_two(self, eqn: Any, left: Any, right: Any) -> tuple[Any, Any]:
-        """The operands of a product; where both are weights and one is a vector, that one is formed."""
-        if is_factored(left) and is_factored(right) and left.is_vector != right.is_vector:
-            return (self.form(left, eqn), right) if left.is_vector else (left, self.form(right, eqn))
-        return left, right
-
-    def form(self, value: Factored, eqn: Any) -> jax.Array:
-        """The whole matrix, for an equation that cannot do without it.
-
-        Raises:
-          MaterializeError: It is not allowed.
-        """
-        self.record(value, eqn, "other", (), ())
-        if not self.allow:
-            mib = value.size * np.dtype(value.dtype).itemsize / 2**20
-            raise MaterializeError(
-                f"{value.path!r} {value.shape} reaches {eqn.primitive.name!r} at {self.where(eqn)}, which needs the "
-                f'whole matrix W + ΔW ({mib:.2g} MiB). Pass materialize="allow" to lift() if that is what you want, '
-                "or leave this path out of the rules."
-            )
-        return materialize(value)
-
-
-def _no_rule(*_: Any) -> Any:
-    return NotImplemented
-
-
-def _roots(axes: Sequence[Axis]) -> tuple[int, ...]:
-    return tuple(sorted({axis.root for axis in axes if axis.root is not None}))
-
-
 @overload
-def lift(fun: F, *, materialize: Literal["error", "allow"] = ..., unused: Literal["error", "allow"] = ...) -> F: ...
+def lift(fun: F, *, materialize: Allow = ..., unused: Allow = ..., order: Callable[..., Order] = ...) -> F: ...
 @overload
-def lift(
-    *, materialize: Literal["error", "allow"] = ..., unused: Literal["error", "allow"] = ...
-) -> Callable[[F], F]: ...
+def lift(*, materialize: Allow = ..., unused: Allow = ..., order: Callable[..., Order] = ...) -> Callable[[F], F]: ...
 
 
 def lift(
     fun: Callable[..., Any] | None = None,
     *,
-    materialize: Literal["error", "allow"] = "error",
-    unused: Literal["error", "allow"] = "error",
+    materialize: Allow = "error",
+    unused: Allow = "error",
+    order: Callable[..., Order] = order,
 ) -> Any:
     """The same function, of trees that `attach` made: `lift(f)(attach(frozen, lp)) == f(merge(frozen, lp))`.
 
@@ -206,6 +50,8 @@ def lift(
       fun: A function of any pytrees, that returns any pytree.
       materialize: "allow" to form the whole matrix where a primitive has no rule that keeps the factors apart.
       unused: "allow" to accept adapted leaves that the function does not read.
+      order: What chooses the order of the products of an activation with factors, of the form of
+        `lora_jax.contract.order`, which takes the cheapest by number of multiplications: (x·A)·B, as a rule.
 
     Returns:
       The lifted function. A Factored leaf that it returns (a cast or transposed weight, say) stays Factored.
@@ -224,16 +70,17 @@ def lift(
         if value not in ("error", "allow"):
             raise ValueError(f"lift: {name}={value!r} is neither 'error' nor 'allow'")
     if fun is None:
-        return functools.partial(lift, materialize=materialize, unused=unused)
+        return functools.partial(lift, materialize=materialize, unused=unused, order=order)
 
     @functools.wraps(fun)
     def lifted(*args: Any, **kwargs: Any) -> Any:
-        paths = [x.path for x in jax.tree.leaves((args, kwargs), is_leaf=is_factored) if is_factored(x)]
-        if not paths:
+        weights = [x for x in jax.tree.leaves((args, kwargs), is_leaf=is_factored) if is_factored(x)]
+        if not weights:
             return fun(*args, **kwargs)
-        interpreter = Interpreter(allow=materialize == "allow")
-        result = interpreter.run(fun, args, kwargs)
-        unread = [path for path in paths if path not in interpreter.uses and path not in interpreter.returned]
+        interpreter = Interpreter(materialize == "allow", order)
+        result, read = run(interpreter, fun, args, kwargs)
+        read.update(path for path, _ in interpreter.uses)
+        unread = [path for weight in weights for path in weight.paths if path not in read]
         if unread and unused == "error":
             raise UnusedError(
                 f"the function does not read {_listed(unread)}, so the factors there would not train: leave the path "
@@ -242,6 +89,15 @@ def lift(
         return result
 
     return lifted
+
+
+def run(interpreter: Interpreter, fun: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, set[str]]:
+    """What `fun(*args, **kwargs)` returns, any of whose leaves may be Factored, and the paths of leaves it hands on."""
+    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_factored)
+    weights = {i: leaf for i, leaf in enumerate(leaves) if is_factored(leaf)}
+    jaxpr, rebuild = _trace(fun, leaves, treedef, weights)
+    results = interpreter.evaluate(jaxpr, *weights.values())
+    return rebuild(results), {path for value in results if is_factored(value) for path in value.paths}
 
 
 def _trace(fun: Any, leaves: list[Any], treedef: Any, weights: dict[int, Factored]) -> tuple[Any, Callable[..., Any]]:

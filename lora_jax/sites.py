@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from lora_jax import tree
 from lora_jax.contract import Axes
 from lora_jax.factored import Factored, weight_axes
-from lora_jax.lift import Interpreter, Use
+from lora_jax.interpreter import Interpreter
+from lora_jax.lift import run
+from lora_jax.uses import Use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,20 +89,19 @@ def sites(fun: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> di
     weights = {path: leaf for path, leaf in arrays.items() if not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)}
     rest, rest_treedef = jax.tree.flatten((args, kwargs))
     absent = {i: leaf for i, leaf in enumerate(rest) if isinstance(leaf, jax.ShapeDtypeStruct)}
-    interpreter = Interpreter(allow=True)
+    interpreter, handed_on = Interpreter(allow=True), set[str]()
 
     def trace(weights: dict[str, Any], present: dict[int, Any]) -> None:
         probes = {path: Factored.of(array, path) for path, array in weights.items()}
         args, kwargs = jax.tree.unflatten(rest_treedef, [present.get(i, leaf) for i, leaf in enumerate(rest)])
-        interpreter.run(fun, (tree.unflatten(treedef, {**leaves, **probes}), *args), kwargs)
+        handed_on.update(run(interpreter, fun, (tree.unflatten(treedef, {**leaves, **probes}), *args), kwargs)[1])
 
     jax.eval_shape(trace, weights, absent)
-    return {
-        path: _site(
-            tuple(leaf.shape), interpreter.uses.get(path, ()), path in interpreter.returned or path not in weights
-        )
-        for path, leaf in arrays.items()
-    }
+    uses: dict[str, list[Use]] = {path: [] for path in arrays}
+    for path, use in interpreter.uses:
+        uses[path].append(use)
+    handed_on |= arrays.keys() - weights.keys()
+    return {path: _site(tuple(leaf.shape), uses[path], path in handed_on) for path, leaf in arrays.items()}
 
 
 def _site(shape: tuple[int, ...], uses: Sequence[Use], handed_on: bool) -> Site:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 import lora_jax as lora
+from lora_jax import compat
 
 # Equations that show a weight from another side. A broadcast is none of them: zeros of a weight's shape are one.
 VIEWS = {
@@ -65,16 +66,67 @@ def is_jaxpr(value: Any) -> bool:
 
 
 def formed(jaxpr: Any, lora_params: Any) -> list[str]:
-    """The equations that make an array as large as an adapted weight, or one layer of it, and are no view of it."""
+    """The equations that make an array as large as an adapted weight, or one layer of it, out of factors.
+
+    What a function does with the base alone it does without adapters too; and a view of an array makes none.
+
+    Args:
+      jaxpr: Of a function whose first argument is `lora_params`.
+      lora_params: The adapters.
+    """
     sizes = set()
     for adapter in lora_params.values():
         sizes |= {math.prod(adapter.site.shape), math.prod(sum(adapter.site.sizes()[1:], ()))}
-    return [
-        f"{eqn.primitive.name} {var.aval.shape}"
-        for eqn in equations(jaxpr)
-        for var in eqn.outvars
-        if math.prod(getattr(var.aval, "shape", ())) in sizes and eqn.primitive.name not in VIEWS
-    ]
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    n = len(jax.tree.leaves(lora_params))
+    found: list[str] = []
+    _follow(jaxpr, [i < n for i in range(len(jaxpr.invars))], sizes, found)
+    return list(dict.fromkeys(found))
+
+
+def _follow(jaxpr: Any, moved: list[bool], sizes: set[int], found: list[str]) -> list[bool]:
+    """Which results of a jaxpr depend on the factors, if those of its arguments do that `moved` says."""
+    depends = dict(zip(jaxpr.invars, moved, strict=True))
+
+    def of(atom: Any) -> bool:
+        return not hasattr(atom, "val") and depends.get(atom, False)
+
+    for eqn in jaxpr.eqns:
+        ins = [of(v) for v in eqn.invars]
+        outs = _inside(eqn, ins, sizes, found)
+        if outs is None:
+            outs = [any(ins)] * len(eqn.outvars)
+            if any(ins) and eqn.primitive.name not in VIEWS:
+                shapes = [v.aval.shape for v in eqn.outvars if hasattr(v.aval, "shape")]
+                found += [f"{eqn.primitive.name} {shape}" for shape in shapes if math.prod(shape) in sizes]
+        depends.update(zip(eqn.outvars, outs, strict=True))
+    return [of(v) for v in jaxpr.outvars]
+
+
+def _inside(eqn: Any, ins: list[bool], sizes: set[int], found: list[str]) -> list[bool] | None:
+    """Which results of an equation with jaxprs in it depend on the factors; None if it has none."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "cond":
+        branches = [_follow(b.jaxpr, ins[1:], sizes, found) for b in params["branches"]]
+        return [any(outs) or ins[0] for outs in zip(*branches, strict=True)]
+    if name == "while":
+        a, b = params["cond_nconsts"], params["body_nconsts"]
+        consts, carry = ins[a : a + b], ins[a + b :]
+        for _ in carry:  # what depends once round depends for good
+            outs = _follow(params["body_jaxpr"].jaxpr, consts + carry, sizes, found)
+            carry = [x or y for x, y in zip(carry, outs, strict=True)]
+        return carry
+    inner = [x for value in params.values() for x in jax.tree.leaves(value, is_leaf=is_jaxpr) if is_jaxpr(x)]
+    if not inner:
+        return None
+    body = getattr(inner[0], "jaxpr", inner[0])
+    if name == "scan":
+        a, b = compat.scan_counts(params)
+        for _ in range(b + 1):
+            outs = _follow(body, ins, sizes, found)
+            ins = [x or (a <= i < a + b and outs[i - a]) for i, x in enumerate(ins)]
+        return outs
+    return _follow(body, ins, sizes, found)
 
 
 def flops(fun: Any, *args: Any) -> float:

@@ -7,81 +7,138 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax import compat
+from lora_jax import compat, joint
 from lora_jax.contract import Axes, Axis
 from lora_jax.factored import Factored, Network, is_factored
-from lora_jax.lift import Interpreter, rule
+from lora_jax.interpreter import Interpreter, rule
 
 
 @rule("jit", "pjit")
 def jit(interpreter: Interpreter, eqn: Any, *operands: Any) -> list[Any]:
     """A call stays a call, under its name and the shardings it was given."""
+    name, before, after = (eqn.params[key] for key in ("name", "in_shardings", "out_shardings"))
 
-    def call(*args: Any) -> list[Any]:
-        constrained = _constrain(args, eqn.params["in_shardings"])
-        with interpreter.called_at(eqn):
-            results = interpreter.evaluate(eqn.params["jaxpr"], *constrained)
-        return _constrain(results, eqn.params["out_shardings"])
+    def transform(body: Any) -> Any:
+        def call(*args: Any) -> list[Any]:
+            return _constrained(body(*_constrained(args, before)), after)
 
-    call.__name__ = eqn.params["name"]
-    return jax.jit(call)(*operands)
+        call.__name__ = name
+        return jax.jit(call)
+
+    return interpreter.call(eqn, transform, (name, before, after), *operands)
 
 
 @rule("remat", "remat2", "checkpoint")
 def checkpoint(interpreter: Interpreter, eqn: Any, *operands: Any) -> list[Any]:
     """Rematerialization keeps its policy."""
-    body = functools.partial(interpreter.evaluate, eqn.params["jaxpr"])
-    return jax.checkpoint(body, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])(*operands)
+    policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
+    transform = functools.partial(jax.checkpoint, policy=policy, prevent_cse=prevent_cse)
+    return interpreter.call(eqn, transform, (policy, prevent_cse), *operands)
 
 
 @rule("cond")
 def cond(interpreter: Interpreter, eqn: Any, index: Any, *operands: Any) -> Any:
-    """Each branch is interpreted; a weight that is chosen by the condition itself has no factored form."""
+    """Each branch is interpreted; weights that all branches return, in one form, stay factored."""
     branches = eqn.params["branches"]
     if any(name != "branches" for name in eqn.params):
         return NotImplemented
     index = interpreter.form(index, eqn) if is_factored(index) else index
-    plain = [functools.partial(_arrays, interpreter, eqn, branch) for branch in branches]
-    return lax.switch(index, plain, *operands)
+    before = len(interpreter.uses)
+
+    def normal(branch: Any, *operands: Any) -> list[Any]:
+        return [joint.canonical(y) if is_factored(y) else y for y in interpreter.evaluate(branch, *operands)]
+
+    returned = [jax.eval_shape(functools.partial(normal, branch), *operands) for branch in branches]
+    del interpreter.uses[before:]
+    same = [*zip(*returned, strict=True)]  # for each result, what each branch makes of it
+    paths = [tuple(dict.fromkeys(path for y in ys if is_factored(y) for path in y.paths)) for ys in same]
+    kept = [
+        all(map(is_factored, ys)) and len({jax.tree.structure(dataclasses.replace(y, paths=())) for y in ys}) == 1
+        for ys in same
+    ]
+
+    def plain(branch: Any) -> Any:
+        def run(*operands: Any) -> list[Any]:
+            results = interpreter.evaluate(branch, *operands)
+            return [
+                y
+                if not is_factored(y)
+                else dataclasses.replace(joint.canonical(y), paths=p)
+                if keep
+                else interpreter.form(y, eqn)
+                for y, p, keep in zip(results, paths, kept, strict=True)
+            ]
+
+        return run
+
+    return lax.switch(index, [plain(branch) for branch in branches], *operands)
 
 
 @rule("while")
 def while_loop(interpreter: Interpreter, eqn: Any, *operands: Any) -> Any:
-    """Weights that the loop reads are its constants; one that it carries has no factored form."""
+    """Weights that the loop reads are its constants, those that it carries unchanged too."""
     a, b = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     tests, consts, carry = operands[:a], operands[a : a + b], operands[a + b :]
-    carry = [interpreter.form(x, eqn) if is_factored(x) else x for x in carry]
-    return lax.while_loop(
-        lambda carry: interpreter.evaluate(eqn.params["cond_jaxpr"], *tests, *carry)[0],
-        lambda carry: _arrays(interpreter, eqn, eqn.params["body_jaxpr"], *consts, *carry),
-        carry,
+    fixed = _fixed(interpreter, eqn, eqn.params["body_jaxpr"], carry, b)
+    cond, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
+    moving = lax.while_loop(
+        lambda moving: interpreter.evaluate(cond, *tests, *fixed.all(moving))[0],
+        lambda moving: fixed.rest(interpreter.evaluate(body, *consts, *fixed.all(moving))),
+        fixed.rest(carry),
     )
+    return fixed.all(moving)
 
 
 @rule("scan")
 def scan(interpreter: Interpreter, eqn: Any, *operands: Any) -> Any:
-    """Weights may be constants, or scanned over: then each operand that carries the leading axis is."""
+    """Weights may be constants, carried unchanged, or scanned over: then each operand with the leading axis is."""
     a, b = compat.scan_counts(eqn.params)
     consts, carry, xs = operands[:a], operands[a : a + b], operands[a + b :]
-    carry = [interpreter.form(x, eqn) if is_factored(x) else x for x in carry]
+    fixed = _fixed(interpreter, eqn, eqn.params["jaxpr"], carry, a)
     xs = [interpreter.form(x, eqn) if is_factored(x) and len(x.dims[0]) > 1 else x for x in xs]
 
-    def body(carry: list[Any], rows: list[Any]) -> tuple[list[Any], list[Any]]:
+    def body(moving: list[Any], rows: list[Any]) -> tuple[list[Any], list[Any]]:
         sliced = [
             interpreter.settled(_row(x, y), x, eqn) if is_factored(x) else y for x, y in zip(xs, rows, strict=True)
         ]
-        out = interpreter.evaluate(eqn.params["jaxpr"], *consts, *carry, *sliced)
-        return [interpreter.form(y, eqn) if is_factored(y) else y for y in out[:b]], out[b:]
+        out = interpreter.evaluate(eqn.params["jaxpr"], *consts, *fixed.all(moving), *sliced)
+        return fixed.rest(out[:b]), out[b:]
 
     params = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-    carry, ys = lax.scan(body, carry, [_stack(x) if is_factored(x) else x for x in xs], **params)
-    return [*carry, *(_restacked(y, eqn.params["length"]) if is_factored(y) else y for y in ys)]
+    stacks = [_stack(x) if is_factored(x) else x for x in xs]
+    moving, ys = lax.scan(interpreter.repeated(params["length"], body), fixed.rest(carry), stacks, **params)
+    return [*fixed.all(moving), *(_restacked(y, params["length"]) if is_factored(y) else y for y in ys)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Carry:
+    """What a loop carries: weights that it hands on unchanged, by position, and everything else."""
+
+    weights: dict[int, Factored]
+    form: Any
+
+    def rest(self, values: Sequence[Any]) -> list[Any]:
+        """What really moves, as arrays."""
+        return [self.form(x) if is_factored(x) else x for i, x in enumerate(values) if i not in self.weights]
+
+    def all(self, moving: Sequence[Any]) -> list[Any]:
+        """All values, the weights in their places."""
+        rest = iter(moving)
+        return [self.weights[i] if i in self.weights else next(rest) for i in range(len(moving) + len(self.weights))]
+
+
+def _fixed(interpreter: Interpreter, eqn: Any, body: Any, carry: Sequence[Any], consts: int) -> _Carry:
+    """Which of the values that a loop carries are weights that its body returns as they are."""
+    sources = compat.forwarded(body)[: len(carry)]
+    weights = {i: x for i, x in enumerate(carry) if is_factored(x) and sources[i] == consts + i}
+    return _Carry(weights, lambda value: interpreter.form(value, eqn))
 
 
 def _stack(weight: Factored) -> list[jax.Array | None]:
@@ -107,8 +164,7 @@ def _row(weight: Factored, rows: list[jax.Array | None]) -> Factored:
 
 def _restacked(rows: Factored, length: int) -> Factored:
     """What a scan makes of a weight that its body returns: every operand has a new leading axis."""
-    taken = {axis.name for term in rows.terms for axes in term.axes for axis in axes}
-    lead = Axis(next(name for i in range(len(taken) + 1) if (name := f"stack{i}") not in taken), length)
+    lead = Axis(next(rows.fresh()), length)
     stacked = rows.map(lambda array, axes: (array, (lead, *axes)))
     return dataclasses.replace(stacked, dims=((lead,), *rows.dims))
 
@@ -119,14 +175,14 @@ def custom_jvp(interpreter: Interpreter, eqn: Any, *operands: Any) -> list[Any]:
 
     @jax.custom_jvp
     def call(*operands: Any) -> list[Any]:
-        return _arrays(interpreter, eqn, eqn.params["call_jaxpr"], *operands)
+        return interpreter.arrays(eqn, eqn.params["call_jaxpr"], *operands)
 
     def jvp(primals: Any, tangents: Any) -> Any:
         consts = eqn.params["num_consts"]
         pairs = list(zip(primals, tangents, strict=True))[consts:]
         moved = [_tangent(x, dx) if is_factored(x) else compat.instantiate(dx) for x, dx in pairs]
         jaxpr, out_zeros = compat.jvp_jaxpr(eqn, len(moved))
-        out = _arrays(interpreter, eqn, jaxpr, *(x for x, _ in pairs), *moved)
+        out = interpreter.arrays(eqn, jaxpr, *(x for x, _ in pairs), *moved)
         n, nonzero = len(out_zeros), iter(out[len(out_zeros) :])
         return out[:n], [jnp.zeros_like(y) if zero else next(nonzero) for y, zero in zip(out, out_zeros, strict=False)]
 
@@ -151,12 +207,7 @@ def _tangent(weight: Factored, tangent: Factored) -> Factored:
     return dataclasses.replace(weight, base=base[0] if base else None, deltas=tuple(deltas))
 
 
-def _arrays(interpreter: Interpreter, eqn: Any, jaxpr: Any, *operands: Any) -> list[Any]:
-    """The results of a jaxpr as arrays, as branches and loop bodies must return them."""
-    return [interpreter.form(y, eqn) if is_factored(y) else y for y in interpreter.evaluate(jaxpr, *operands)]
-
-
-def _constrain(values: Any, shardings: Any) -> list[Any]:
+def _constrained(values: Any, shardings: Any) -> list[Any]:
     """The values with those shardings imposed that were given."""
     return [
         lax.with_sharding_constraint(x, s) if isinstance(s, jax.sharding.Sharding) and not is_factored(x) else x

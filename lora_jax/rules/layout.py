@@ -11,7 +11,7 @@ from jax import lax
 
 from lora_jax.contract import Axes, Axis, size_of
 from lora_jax.factored import Factored, is_factored
-from lora_jax.lift import Interpreter, rule
+from lora_jax.interpreter import Interpreter, rule
 
 
 @rule("transpose")
@@ -46,10 +46,11 @@ def reshape(_: Interpreter, eqn: Any, weight: Factored) -> Any:
 @rule("squeeze")
 def squeeze(_: Interpreter, eqn: Any, weight: Factored) -> Factored:
     """Dims of size 1 go."""
-    return _without(weight.without_units(), eqn.params["dimensions"])
+    return without(weight.without_units(), eqn.params["dimensions"])
 
 
-def _without(weight: Factored, dimensions: tuple[int, ...]) -> Factored:
+def without(weight: Factored, dimensions: tuple[int, ...]) -> Factored:
+    """The weight without these dims, which have no axes."""
     dims = tuple(group for d, group in enumerate(weight.dims) if d not in dimensions)
     return dataclasses.replace(weight, dims=dims)
 
@@ -59,13 +60,23 @@ def broadcast_in_dim(_: Interpreter, eqn: Any, weight: Factored) -> Factored:
     """A new dim is an axis that no operand carries; so is one of size 1 that grows."""
     shape, positions = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     weight, old = weight.without_units(), weight.shape
-    taken = {axis.name for axis in weight.axes}
-    fresh = (name for i in range(len(taken) + len(shape)) if (name := f"new{i}") not in taken)
-    dims: list[Axes] = [(Axis(next(fresh), size),) if size > 1 else () for size in shape]
+    names = weight.fresh()
+    dims: list[Axes] = [(Axis(next(names), size),) if size > 1 else () for size in shape]
     for group, size, position in zip(weight.dims, old, positions, strict=True):
         if size == shape[position]:
             dims[position] = group
     return dataclasses.replace(weight, dims=tuple(dims))
+
+
+@rule("tile")
+def tile(_: Interpreter, eqn: Any, weight: Factored) -> Factored:
+    """A dim repeated has one axis more, the slowest, that no operand carries."""
+    names = weight.fresh()
+    dims = tuple(
+        (Axis(next(names), reps), *group) if reps > 1 else group
+        for reps, group in zip(eqn.params["reps"], weight.dims, strict=True)
+    )
+    return dataclasses.replace(weight, dims=dims)
 
 
 @rule("convert_element_type")
@@ -74,8 +85,7 @@ def convert_element_type(_: Interpreter, eqn: Any, weight: Factored) -> Any:
     dtype = jnp.dtype(eqn.params["new_dtype"])
     if not (jnp.issubdtype(dtype, jnp.floating) and jnp.issubdtype(weight.dtype, jnp.floating)):
         return NotImplemented
-    weight = weight.map(lambda array, axes: (lax.convert_element_type(array, dtype), axes))
-    return dataclasses.replace(weight, dtype=dtype)
+    return dataclasses.replace(weight.each(lambda network: network.cast(dtype)), dtype=dtype)
 
 
 @rule("copy", "copy_p", "stop_gradient", "name")

@@ -1,29 +1,38 @@
-"""Products with a weight: dot_general in every arrangement, and element-wise scaling."""
+"""Products with a weight: dot_general in every arrangement."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax.contract import Axes, Axis, contract, reshape, size_of
-from lora_jax.factored import Factored, is_factored
-from lora_jax.lift import Interpreter, rule
+from lora_jax.contract import Axes, Axis, Cost, Order, contract, reshape, size_of, work
+from lora_jax.factored import Factored, Network, is_factored
+from lora_jax.interpreter import Interpreter, rule
+from lora_jax.joint import matmul
 
 
 @rule("dot_general")
 def dot_general(interpreter: Interpreter, eqn: Any, lhs: Any, rhs: Any) -> Any:
     """x·(W + ΔW) = x·W + einsum(x, factors): the activation's dimensions take the names of the axes they meet."""
-    lhs, rhs = interpreter.one_of_two(eqn, lhs, rhs)
     if is_factored(lhs) and is_factored(rhs):
-        return NotImplemented
+        for value in (lhs, rhs):
+            if value.is_vector or value.mixed:
+                array = interpreter.form(value, eqn)
+                return dot_general(interpreter, eqn, *(array if x is value else x for x in (lhs, rhs)))
+        return _of_two_weights(interpreter, eqn, lhs, rhs)
     (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
     x: Any
     if is_factored(lhs):
         weight, x, w_sum, x_sum, w_batch, x_batch = lhs, rhs, lhs_sum, rhs_sum, lhs_batch, rhs_batch
     else:
         weight, x, w_sum, x_sum, w_batch, x_batch = rhs, lhs, rhs_sum, lhs_sum, rhs_batch, lhs_batch
+    if weight.is_product:
+        return NotImplemented
     w_free = [d for d in range(weight.ndim) if d not in (*w_sum, *w_batch)]
     x_free = [d for d in range(x.ndim) if d not in (*x_sum, *x_batch)]
 
@@ -32,66 +41,119 @@ def dot_general(interpreter: Interpreter, eqn: Any, lhs: Any, rhs: Any) -> Any:
         names[xd] = weight.dims[wd]
     batch, summed = _flat(weight.dims[d] for d in w_batch), _flat(weight.dims[d] for d in w_sum)
     x_out, w_out = _flat(names[d] for d in x_free), _flat(weight.dims[d] for d in w_free)
-    interpreter.record(weight, eqn, "linear", summed, w_out)
+    out = (*batch, *w_out, *x_out) if is_factored(lhs) else (*batch, *x_out, *w_out)
+    product = Product(
+        x_axes=_flat(names),
+        x_out=x_out,
+        out=out,
+        whole=weight.whole,
+        order=interpreter.order,
+        precision=eqn.params["precision"],
+        preferred_element_type=eqn.params["preferred_element_type"],
+        dtype=weight.dtype,
+        result=(eqn.outvars[0].aval.shape, eqn.outvars[0].aval.dtype),
+    )
+    interpreter.record(weight, eqn, "linear", summed, w_out, product.cost(weight))
+    return _multiply(x, weight.terms, product)
 
-    out = eqn.outvars[0].aval
-    x_axes = _flat(names)
-    y: Any = jnp.zeros(out.shape, out.dtype) if not weight.terms else None
-    for term in weight.terms:
-        if len(term.operands) > 1:
-            # In low-rank products the activation is flattened to two dimensions: XLA's CPU back end is slow at skinny
-            # products of more. The plain product with the base leaves it in the shape it has.
-            x_axes, x_out = _merged(x_axes, x_out)
-        part = contract(
-            [(reshape(x, tuple(axis.size for axis in x_axes)), x_axes), *term.at(weight.dtype)],
-            (*batch, *w_out, *x_out) if is_factored(lhs) else (*batch, *x_out, *w_out),
-            whole=weight.whole,
-            precision=eqn.params["precision"],
-            preferred_element_type=eqn.params["preferred_element_type"],
+
+def _of_two_weights(interpreter: Interpreter, eqn: Any, left: Factored, right: Factored) -> Any:
+    """W·V is a weight again: its base is the product of the bases, and each other product has small factors."""
+    (l_sum, r_sum), (l_batch, r_batch) = eqn.params["dimension_numbers"]
+    if left.is_product or right.is_product:
+        return NotImplemented
+
+    def bases(a: jax.Array, b: jax.Array) -> jax.Array:
+        return eqn.primitive.bind(a, b, **eqn.params)
+
+    value = matmul(left, right, [*zip(l_batch, r_batch, strict=True)], [*zip(l_sum, r_sum, strict=True)], bases)
+    if value is None:
+        return NotImplemented
+    for side, other, summed, batch in ((left, False, l_sum, l_batch), (right, True, r_sum, r_batch)):
+        inner = _flat(side.dims[d] for d in summed)
+        outer = _flat(side.dims[d] for d in range(side.ndim) if d not in (*summed, *batch))
+        interpreter.record(side, eqn, "linear", *((inner, outer) if other else (outer, inner)))
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """All that is static about the product of an activation and a weight.
+
+    Attributes:
+      x_axes: The axes of the activation, of which `x_out` are not summed over.
+      x_out: Those axes.
+      out: The axes of the result.
+      whole: The axes of the weight.
+      order: What chooses the contraction order.
+      precision: As in `jax.lax.dot_general`.
+      preferred_element_type: As in `jax.lax.dot_general`.
+      dtype: The dtype that is multiplied in.
+      result: The shape and dtype of the result.
+    """
+
+    x_axes: Axes
+    x_out: Axes
+    out: Axes
+    whole: frozenset[Axis]
+    order: Callable[..., Order]
+    precision: Any
+    preferred_element_type: Any
+    dtype: Any
+    result: tuple[tuple[int, ...], Any]
+
+    def with_x_flat(self) -> Product:
+        """The same with the axes that the result has of the activation made one, where they adjoin."""
+        start = self.x_axes.index(self.x_out[0]) if self.x_out else 0
+        stop = start + len(self.x_out)
+        at = self.out.index(self.x_out[0]) if self.x_out else 0
+        if len(self.x_out) < 2 or self.x_axes[start:stop] != self.x_out:
+            return self
+        one = (Axis("x", size_of(self.x_out)),)
+        return dataclasses.replace(
+            self,
+            x_axes=self.x_axes[:start] + one + self.x_axes[stop:],
+            x_out=one,
+            out=self.out[:at] + one + self.out[at + len(self.x_out) :],
         )
-        part = reshape(part.astype(out.dtype), out.shape)
+
+    def cost(self, weight: Factored) -> Cost:
+        """What it costs with a weight's base, and with its factors."""
+        base, low_rank = 0, 0
+        words = []
+        for term in weight.terms:
+            names = ("xW" if term is weight.base else "x") + "ABCDEFGHIJKLMNOP"
+            axes = [self.x_axes, *term.axes]
+            flops, word = work(axes, self.out, names[: len(axes)], self.whole, self.order)
+            if term is weight.base:
+                base += flops
+            else:
+                low_rank += flops
+                words.append(word)
+        return Cost(base, low_rank, " + ".join(words))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _multiply(x: jax.Array, terms: tuple[Network, ...], product: Product) -> jax.Array:
+    """The sum of an activation's products with each network. Jitted, so that layers of one form are traced once."""
+    shape, dtype = product.result
+    y: Any = None if terms else jnp.zeros(shape, dtype)
+    for term in terms:
+        # In low-rank products the activation is flattened to two dimensions: XLA's CPU back end is slow at skinny
+        # products of more. The plain product with the base leaves it in the shape it has.
+        how = product.with_x_flat() if len(term.operands) > 1 else product
+        activation = reshape(term.drop(x), tuple(axis.size for axis in how.x_axes))
+        part = contract(
+            [(activation, how.x_axes), *term.at(how.dtype)],
+            how.out,
+            whole=how.whole,
+            order=how.order,
+            precision=how.precision,
+            preferred_element_type=how.preferred_element_type,
+        )
+        part = reshape(part.astype(dtype), shape)
         y = part if y is None else y + part
     return y
-
-
-def _merged(axes: Axes, free: Axes) -> tuple[Axes, Axes]:
-    """The axes of an activation, and those that the product has of it, with the latter made one where they adjoin."""
-    start = axes.index(free[0]) if free else 0
-    if len(free) < 2 or axes[start : start + len(free)] != free:
-        return axes, free
-    one = (Axis("x", size_of(free)),)
-    return axes[:start] + one + axes[start + len(free) :], one
-
-
-@rule("mul")
-def mul(interpreter: Interpreter, eqn: Any, left: Any, right: Any) -> Any:
-    """Scaling by a number, or by a vector along some dimensions: it joins each network as one more factor."""
-    left, right = interpreter.one_of_two(eqn, left, right)
-    weight, other = (left, right) if is_factored(left) else (right, left)
-    return NotImplemented if is_factored(other) else _scale(weight, jnp.asarray(other), eqn)
-
-
-@rule("div")
-def div(_: Interpreter, eqn: Any, left: Any, right: Any) -> Any:
-    """Division by a number or a vector, as scaling by its inverse."""
-    if not is_factored(left) or is_factored(right) or not jnp.issubdtype(left.dtype, jnp.floating):
-        return NotImplemented
-    return _scale(left, 1 / jnp.asarray(right), eqn)
-
-
-@rule("neg")
-def neg(_: Interpreter, eqn: Any, weight: Factored) -> Any:
-    """Scaling by -1."""
-    return _scale(weight, jnp.asarray(-1, weight.dtype), eqn)
-
-
-def _scale(weight: Factored, array: jax.Array, eqn: Any) -> Any:
-    """The weight times a number, or times an array that has some of its dimensions but not all."""
-    along = [d for d in range(array.ndim) if array.shape[d] != 1]
-    if eqn.outvars[0].aval.shape != weight.shape or (along and weight.size == array.size):
-        return NotImplemented
-    axes = _flat(weight.dims[d] for d in along)
-    return weight.times(reshape(array, tuple(axis.size for axis in axes)), axes)
 
 
 def _flat(groups: Any) -> Axes:

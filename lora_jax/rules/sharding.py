@@ -9,7 +9,7 @@ import jax
 from lora_jax import compat
 from lora_jax.contract import Axes
 from lora_jax.factored import Factored
-from lora_jax.lift import Interpreter, rule
+from lora_jax.interpreter import Interpreter, rule
 
 
 @rule("pvary")
