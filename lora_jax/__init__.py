@@ -1,7 +1,7 @@
 """LoRA for any JAX function over any pytree: the public names, and nothing else."""
 
 from lora_jax import rules as _rules  # noqa: F401  (imported for its effect: each rule registers itself with the interpreter)
-from lora_jax.adapters import Adapter, attach, merge, split, unmerge
+from lora_jax.adapters import Adapter, attach, dropout, merge, split, unmerge
 from lora_jax.contract import Cost
 from lora_jax.factored import Factored, FactoredError, Network, materialize
 from lora_jax.formats.native import load, save
@@ -29,6 +29,7 @@ __all__ = [
     "Use",
     "Variant",
     "attach",
+    "dropout",
     "lift",
     "load",
     "materialize",

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 
 from lora_jax import tree
 from lora_jax.choice import Rules, choose
-from lora_jax.factored import Factored, is_factored, materialize
+from lora_jax.factored import Dropout, Factored, is_factored, materialize
 from lora_jax.sites import Site
 from lora_jax.variants.base import Variant
 
 LoraParams = dict[str, "Adapter"]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["factors"], meta_fields=["variant", "site"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["factors", "keys"], meta_fields=["variant", "site"])
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adapter:
     """What trains at one leaf: named factors, with the variant and the leaf's axes as static metadata.
@@ -30,11 +30,13 @@ class Adapter:
       factors: Arrays by name; of LoRA, "A" and "B".
       variant: How ΔW is made of them.
       site: The leaf's shape, kind and axes.
+      keys: What `dropout` draws masks with, one PRNG key for each entry along the batch axes; None without it.
     """
 
     factors: dict[str, Any]
     variant: Variant
     site: Site
+    keys: Any = None
 
 
 def is_adapter(node: Any) -> TypeGuard[Adapter]:
@@ -101,6 +103,43 @@ def attach(frozen: Any, lora_params: Mapping[str, Adapter]) -> Any:
     """
     leaves, treedef = tree.flatten(frozen, is_leaf=is_factored)
     return tree.unflatten(treedef, {**leaves, **_applied(leaves, lora_params)})
+
+
+def dropout(key: jax.Array, lora_params: Mapping[str, Adapter]) -> LoraParams:
+    """The same adapters, that drop a share of their input when they are next attached: for the loss, while training.
+
+    With a variant's `dropout` at p, each entry of an activation that meets ΔW is zero with probability p and divided by
+    1 - p otherwise; what meets the base stays whole, and the expectation of the result is what it is without dropout.
+    Each leaf, and each layer or expert of a stacked leaf, draws a mask of its own; a leaf that is used several times in
+    one step, as by a loop that does not stack it, may draw the same mask for inputs of the same shape. Of an
+    embedding, whose input is an index, nothing is dropped; nor without a key, nor in `merge`.
+
+    Args:
+      key: A PRNG key, another one for each step.
+      lora_params: What trains, as `split` returned it.
+
+    Returns:
+      The adapters with keys, for `attach`; they share the factors.
+
+    Source: the `lora_dropout` of Hu et al. 2021, https://arxiv.org/abs/2106.09685.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> rules = {"w": lora.LoRA(rank=2, dropout=0.5)}
+    >>> frozen, lora_params = lora.split(jax.random.key(0), {"w": jnp.ones((8, 4))}, rules)
+    >>> def loss(lora_params, key, x):
+    ...     params = lora.attach(frozen, lora.dropout(key, lora_params))
+    ...     return jnp.sum(lora.lift(lambda params, x: x @ params["w"])(params, x))
+    >>> grads = jax.grad(loss)(lora_params, jax.random.key(1), jnp.ones((3, 8)))
+    """
+
+    def with_keys(path: str, adapter: Adapter) -> Adapter:
+        if not adapter.variant.dropout:
+            return adapter
+        batch, _, _ = adapter.site.sizes()
+        own = _key_of(key, path)
+        return dataclasses.replace(adapter, keys=jax.random.split(own, batch) if batch else own)
+
+    return {path: with_keys(path, adapter) for path, adapter in lora_params.items()}
 
 
 def merge(params: Any, lora_params: Mapping[str, Adapter]) -> Any:
@@ -181,6 +220,11 @@ def _applied(leaves: Mapping[str, Any], lora_params: Mapping[str, Adapter]) -> d
                 "there: split again for this model"
             )
         applied[path] = adapter.variant.apply(Factored.of(leaf, path), adapter.factors, adapter.site)
+        if adapter.keys is not None:
+            batch, _, _ = adapter.site.axes()
+            drop = Dropout(adapter.keys, batch, adapter.variant.dropout)
+            deltas = tuple(dataclasses.replace(delta, dropout=drop) for delta in applied[path].deltas)
+            applied[path] = dataclasses.replace(applied[path], deltas=deltas)
     return applied
 
 

@@ -11,13 +11,14 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 from jax._src import source_info_util
+from jax._src.lax import parallel
 from jax.custom_derivatives import SymbolicZero
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 
-# Equations are the same in the supported versions, but for two things that this file absorbs. JAX 0.12 has one class
+# Equations are the same in the supported versions, but for what this file absorbs. JAX 0.12 has one class
 # for open and closed jaxprs, where 0.10 has `ClosedJaxpr` with a `.jaxpr` inside; and `scan` counts its operands in the
-# tree `ft_in`, where 0.10 has `num_consts` and `num_carry`.
+# tree `ft_in`, where 0.10 has `num_consts` and `num_carry`. The functions for shard_map have changed names, too.
 
 
 def trace(fun: Callable[..., Any], *args: Any) -> Any:
@@ -121,3 +122,23 @@ def instantiate(tangent: Any) -> Any:
 def varying(array: Any) -> frozenset[str]:
     """The mesh axes that an array varies over, inside shard_map."""
     return frozenset(jax.typeof(array).manual_axis_type.varying)
+
+
+def may_vary(array: Any, names: Any) -> bool:
+    """Whether an array may differ between the devices along these mesh axes, as far as shard_map keeps account."""
+    names = names if isinstance(names, tuple) else (names,)
+    accounted = jax.typeof(jax.lax.axis_index(names)).manual_axis_type.varying
+    return not accounted or bool(varying(array) & set(names))
+
+
+def axis_size(names: Any) -> int:
+    """The number of devices along these mesh axes, inside shard_map."""
+    return jax.lax.axis_size(names)
+
+
+def all_gather_invariant(array: Any, names: Any) -> Any:
+    """The arrays of all devices along a new first axis, known to be the same on all of them."""
+    if not varying(array):
+        return jax.lax.all_gather(array, names)
+    gather = getattr(parallel, "all_gather_invariant", None) or parallel._all_gather_invariant  # JAX 0.10, 0.12
+    return gather(array, names, axis=0, tiled=False)

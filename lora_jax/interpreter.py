@@ -54,6 +54,7 @@ class Interpreter:
       uses: What has consumed which leaf so far, as pairs of path and use.
       names: The real paths of leaves that have other names here, in the body of a call.
       line: The user's line that called the function being interpreted, for equations that know none.
+      around: The equations of loops and branches within it that are being interpreted, the innermost last.
       times: How often that function is called, by the loops around it.
       bodies: What `call` has traced so far.
       spread: Arrays that were broadcast, by identity, as they were before.
@@ -64,6 +65,7 @@ class Interpreter:
     uses: list[tuple[str, Use]] = dataclasses.field(default_factory=list)
     names: dict[str, str] = dataclasses.field(default_factory=dict)
     line: str = ""
+    around: tuple[Any, ...] = ()
     times: int = 1
     bodies: dict[Any, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     spread: dict[int, Any] = dataclasses.field(default_factory=dict)
@@ -94,8 +96,11 @@ class Interpreter:
             if eqn.primitive.name == "broadcast_in_dim":
                 self.spread[id(results[0])] = eqn.params["broadcast_dimensions"], operands[0]
             return results
-        handle = RULES.get(eqn.primitive.name, _no_rule)
-        out = handle(self, eqn, *operands)
+        outer, self.around = self.around, (*self.around, eqn)
+        try:
+            out = RULES.get(eqn.primitive.name, _no_rule)(self, eqn, *operands)
+        finally:
+            self.around = outer
         if out is not NotImplemented:
             results = out if eqn.primitive.multiple_results else [out]
             before = next(filter(is_factored, operands))
@@ -122,7 +127,7 @@ class Interpreter:
         results = function(*operands)
         for number, use in inner.uses:
             paths = tuple(back[name] for name in use.paths)
-            use = dataclasses.replace(use, where=use.where or compat.where(eqn), paths=paths)
+            use = dataclasses.replace(use, where=use.where or self._where(eqn), paths=paths)
             self._note(back[number], use)
         return [y.renamed(back) if is_factored(y) else y for y in results]
 
@@ -132,7 +137,10 @@ class Interpreter:
 
     def where(self, eqn: Any) -> str:
         """The user's line behind an equation."""
-        return compat.where(eqn) or self.line or "an unknown line"
+        return self._where(eqn) or self.line or "an unknown line"
+
+    def _where(self, eqn: Any) -> str:
+        return next(filter(None, map(compat.where, (eqn, *reversed(self.around)))), "")
 
     def repeated(self, times: int, body: Callable[..., Any]) -> Callable[..., Any]:
         """The body of a loop: what it uses is used in each round, and noted once even if JAX traces it twice."""
@@ -160,7 +168,9 @@ class Interpreter:
         """Notes that an equation consumes a value; the leaf's dimensions in neither group are batch axes."""
         for path in value.paths:
             sides = dimensions(in_axes, path), dimensions(out_axes, path)
-            use = Use(kind, *sides, eqn.primitive.name, compat.where(eqn), 1, cost or Cost(), value.paths)
+            use = Use(
+                kind, *sides, eqn.primitive.name, compat.where(eqn) or self.around, 1, cost or Cost(), value.paths
+            )
             self._note(path, use)
 
     def _note(self, path: str, use: Use) -> None:

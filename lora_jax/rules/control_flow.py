@@ -18,6 +18,7 @@ from lora_jax import compat, joint
 from lora_jax.contract import Axes, Axis
 from lora_jax.factored import Factored, Network, is_factored
 from lora_jax.interpreter import Interpreter, rule
+from lora_jax.rules.sharding import constrained
 
 
 @rule("jit", "pjit")
@@ -143,12 +144,15 @@ def _fixed(interpreter: Interpreter, eqn: Any, body: Any, carry: Sequence[Any], 
 
 def _stack(weight: Factored) -> list[jax.Array | None]:
     """What a scan takes slices of: each operand that carries the leading axis, with that axis first."""
-    lead = weight.dims[0]
-    return [
-        jnp.moveaxis(array, axes.index(lead[0]), 0) if lead and lead[0] in axes else None
-        for term in weight.terms
-        for array, axes in zip(term.operands, term.axes, strict=True)
-    ]
+    lead, stacks = weight.dims[0], list[Any]()
+
+    def collect(array: jax.Array, axes: Axes) -> tuple[jax.Array, Axes]:
+        carries = lead and lead[0] in axes
+        stacks.append(jnp.moveaxis(array, axes.index(lead[0]), 0) if carries else None)
+        return array, axes
+
+    weight.map(collect)
+    return stacks
 
 
 def _row(weight: Factored, rows: list[jax.Array | None]) -> Factored:
@@ -209,7 +213,13 @@ def _tangent(weight: Factored, tangent: Factored) -> Factored:
 
 def _constrained(values: Any, shardings: Any) -> list[Any]:
     """The values with those shardings imposed that were given."""
-    return [
-        lax.with_sharding_constraint(x, s) if isinstance(s, jax.sharding.Sharding) and not is_factored(x) else x
-        for x, s in zip(values, shardings, strict=True)
-    ]
+
+    def impose(x: Any, sharding: Any) -> Any:
+        if not isinstance(sharding, jax.sharding.Sharding):
+            return x
+        if is_factored(x):
+            value = constrained(x, sharding)
+            return x if value is None else value
+        return lax.with_sharding_constraint(x, sharding)
+
+    return [impose(x, sharding) for x, sharding in zip(values, shardings, strict=True)]

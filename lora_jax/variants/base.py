@@ -30,12 +30,14 @@ class Variant(abc.ABC):
     Attributes:
       invertible: Whether `unmerge` can take ΔW out of merged weights again.
       needs_axes: Whether the variant needs to know a leaf's in and out axes.
+      dropout: The probability that `dropout` drops an input of ΔW; a field of those variants that have it.
       registry: All variants by name, which is what a saved file knows them by.
     """
 
     registry: ClassVar[dict[str, type[Variant]]] = {}
     invertible: ClassVar[bool] = True
     needs_axes: ClassVar[bool] = True
+    dropout = 0.0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

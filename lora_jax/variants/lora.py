@@ -31,9 +31,11 @@ class LoRA(Variant):
       init: How A begins: "normal", of variance 1 / inputs; "uniform", U(±1/√inputs), as PEFT draws it; or a function
         `(key, shape, dtype) -> array`. An embedding's A, whose rows are picked and not summed, counts `rank` inputs.
       dtype: The dtype of A and B.
+      dropout: The probability that an input of A is dropped in training, where the loss calls `lora_jax.dropout`.
 
     Raises:
-      ValueError: For a rank below 1, an alpha that is 0 or not finite, an unknown scaling or dtype.
+      ValueError: For a rank below 1, an alpha that is 0 or not finite, an unknown scaling or dtype, a dropout that is
+        no probability below 1.
 
     Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685; Kalajdzievski 2023, https://arxiv.org/abs/2312.03732.
 
@@ -46,6 +48,7 @@ class LoRA(Variant):
     scaling: Literal["standard", "rank_stabilized"] = "standard"
     init: str | Callable[..., jax.Array] = dataclasses.field(default="normal", compare=False)
     dtype: str = "float32"
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if int(self.rank) != self.rank or self.rank < 1:
@@ -57,6 +60,8 @@ class LoRA(Variant):
             object.__setattr__(self, "alpha", float(self.alpha))
         if self.scaling not in ("standard", "rank_stabilized"):
             raise ValueError(f"LoRA(scaling={self.scaling!r}): the scaling is 'standard' or 'rank_stabilized'")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"LoRA(dropout={self.dropout}): the dropout is a probability, 0 or more and below 1")
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
 
     @property
