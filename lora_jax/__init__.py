@@ -3,12 +3,13 @@
 from lora_jax import rules as _rules  # noqa: F401  (imported for its effect: each rule registers itself with the interpreter)
 from lora_jax.adapters import Adapter, attach, dropout, merge, split, unmerge
 from lora_jax.contract import Cost
+from lora_jax.explain import Explained, Explanation, explain
 from lora_jax.factored import Factored, FactoredError, Network, materialize
 from lora_jax.formats.native import load, save
 from lora_jax.interpreter import Interpreter, MaterializeError, rule
 from lora_jax.lift import UnusedError, lift
 from lora_jax.optim import optimizer
-from lora_jax.sites import Site, sites
+from lora_jax.sites import Site, Sites, sites
 from lora_jax.summary import Summary, summary
 from lora_jax.uses import Use
 from lora_jax.variants import Full, LoRA, Variant
@@ -16,6 +17,8 @@ from lora_jax.variants import Full, LoRA, Variant
 __all__ = [
     "Adapter",
     "Cost",
+    "Explained",
+    "Explanation",
     "Factored",
     "FactoredError",
     "Full",
@@ -24,12 +27,14 @@ __all__ = [
     "MaterializeError",
     "Network",
     "Site",
+    "Sites",
     "Summary",
     "UnusedError",
     "Use",
     "Variant",
     "attach",
     "dropout",
+    "explain",
     "lift",
     "load",
     "materialize",

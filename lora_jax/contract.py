@@ -39,6 +39,8 @@ class Axis:
 Axes = tuple[Axis, ...]
 Order = tuple[tuple[int, int], ...]
 
+LETTERS = "ABCDEFGHIJKLMNOP"  # what the factors of a network are called in an expression
+
 
 @dataclasses.dataclass(frozen=True)
 class Cost:

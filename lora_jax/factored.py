@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.contract import Axes, Axis, contract, reshape, size_of
+from lora_jax.contract import LETTERS, Axes, Axis, Cost, contract, reshape, size_of, work
 
 Change = Callable[[jax.Array, Axes], tuple[jax.Array, Axes]]
 
@@ -313,3 +313,9 @@ def total(value: Factored, dtype: Any = None, precision: Any = None) -> jax.Arra
         return jnp.zeros(value.shape, value.dtype)
     terms = [contract(term.at(dtype or value.dtype), value.axes, precision=precision) for term in value.terms]
     return reshape(functools.reduce(jnp.add, terms).astype(value.dtype), value.shape)
+
+
+def cost_of(value: Factored) -> Cost:
+    """What `total` costs."""
+    pairs = [work(delta.axes, value.axes, LETTERS[: len(delta.axes)]) for delta in value.deltas]
+    return Cost(0, sum(flops for flops, _ in pairs), " + ".join(word for _, word in pairs))

@@ -18,7 +18,7 @@ import numpy as np
 
 from lora_jax import compat
 from lora_jax.contract import Axis, Cost, Order, order
-from lora_jax.factored import Factored, is_factored, materialize, total
+from lora_jax.factored import Factored, cost_of, is_factored, materialize, total
 from lora_jax.uses import Use, dimensions
 
 Rule = Callable[..., Any]
@@ -201,7 +201,7 @@ class Interpreter:
         Raises:
           MaterializeError: It is not allowed.
         """
-        self.record(value, eqn, "other")
+        self.record(value, eqn, "other", cost=cost_of(value))
         if not self.allow:
             mib = value.size * np.dtype(value.dtype).itemsize / 2**20
             name = value.renamed(self.names).name

@@ -100,6 +100,23 @@ def run(interpreter: Interpreter, fun: Callable[..., Any], args: Any, kwargs: An
     return rebuild(results), {path for value in results if is_factored(value) for path in value.paths}
 
 
+def probe(interpreter: Interpreter, fun: Callable[..., Any], args: Any, kwargs: Any) -> set[str]:
+    """Interprets `fun(*args, **kwargs)` without computing anything; the paths of leaves that it hands on.
+
+    `jax.ShapeDtypeStruct` may stand for any array.
+    """
+    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_factored)
+    abstract = {i: x for i, x in enumerate(leaves) if is_factored(x) or isinstance(x, jax.ShapeDtypeStruct)}
+    handed_on: set[str] = set()
+
+    def interpret(present: dict[int, Any]) -> None:
+        args, kwargs = jax.tree.unflatten(treedef, [present.get(i, leaf) for i, leaf in enumerate(leaves)])
+        handed_on.update(run(interpreter, fun, args, kwargs)[1])
+
+    jax.eval_shape(interpret, abstract)
+    return handed_on
+
+
 def _trace(fun: Any, leaves: list[Any], treedef: Any, weights: dict[int, Factored]) -> tuple[Any, Callable[..., Any]]:
     """The jaxpr of `fun` over the Factored leaves alone, and what puts its results back into the tree it returns.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,8 @@ from lora_jax import tree
 from lora_jax.contract import Axes
 from lora_jax.factored import Factored, weight_axes
 from lora_jax.interpreter import Interpreter
-from lora_jax.lift import run
+from lora_jax.lift import probe
+from lora_jax.table import dimensions, table
 from lora_jax.uses import Use
 
 
@@ -42,6 +44,16 @@ class Site:
         """Whether the leaf has an in and an out side for a low-rank ΔW to connect."""
         return bool(self.in_axes and self.out_axes)
 
+    @property
+    def max_rank(self) -> int:
+        """The smaller of the in and out sizes, which no low-rank update can exceed; 0 where there are none.
+
+        >>> Site((2, 512), "embedding", (), (0,), (1,)).max_rank
+        2
+        """
+        _, inner, outer = self.sizes()
+        return min(math.prod(inner), math.prod(outer)) if self.adaptable else 0
+
     def axes(self) -> tuple[Axes, Axes, Axes]:
         """The named axes of the batch, in and out dimensions, for a variant's network."""
         named = weight_axes(self.shape)
@@ -59,7 +71,25 @@ class Site:
         return batch, inner, outer
 
 
-def sites(fun: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> dict[str, Site]:
+class Sites(dict[str, Site]):
+    """A dict from path to `Site`; `str` draws it as a table."""
+
+    def __str__(self) -> str:
+        """One line for each leaf, with the place of its first use."""
+        head = ("path", "shape", "kind", "batch", "in", "out", "uses", "first at")
+        return table(head, [_line(path, site) for path, site in self.items()], numbers=(6,))
+
+    __repr__ = __str__
+
+
+def _line(path: str, site: Site) -> tuple[str, ...]:
+    sides = (",".join(map(str, axes)) for axes in (site.batch_axes, site.in_axes, site.out_axes))
+    times = sum(use.times for use in site.uses)
+    where = site.uses[0].where if site.uses else ""
+    return (path, dimensions(site.shape), site.kind, *sides, str(times), where)
+
+
+def sites(fun: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sites:
     """What each leaf of `params` is to `fun(params, *args, **kwargs)`, by path.
 
     Found by tracing, not by names: nothing is computed, and `jax.ShapeDtypeStruct` may stand for any array, so a model
@@ -72,7 +102,7 @@ def sites(fun: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> di
       **kwargs: Likewise.
 
     Returns:
-      A dict from path to `Site`, for each leaf that is an array, in the order of the tree.
+      `Sites`, a dict from path to `Site`, for each leaf that is an array, in the order of the tree.
 
     >>> import jax.numpy as jnp
     >>> params = {"table": jnp.ones((10, 4)), "w": jnp.ones((2, 4, 3)), "b": jnp.ones(3)}
@@ -83,25 +113,20 @@ def sites(fun: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> di
     b other () () ()
     table embedding () (0,) (1,)
     w linear (0,) (1,) (2,)
+
+    Printed, it is a table: `print(sites(...))`.
     """
     leaves, treedef = tree.flatten(params)
     arrays = {path: leaf for path, leaf in leaves.items() if tree.is_array(leaf)}
     weights = {path: leaf for path, leaf in arrays.items() if not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)}
-    rest, rest_treedef = jax.tree.flatten((args, kwargs))
-    absent = {i: leaf for i, leaf in enumerate(rest) if isinstance(leaf, jax.ShapeDtypeStruct)}
-    interpreter, handed_on = Interpreter(allow=True), set[str]()
-
-    def trace(weights: dict[str, Any], present: dict[int, Any]) -> None:
-        probes = {path: Factored.of(array, path) for path, array in weights.items()}
-        args, kwargs = jax.tree.unflatten(rest_treedef, [present.get(i, leaf) for i, leaf in enumerate(rest)])
-        handed_on.update(run(interpreter, fun, (tree.unflatten(treedef, {**leaves, **probes}), *args), kwargs)[1])
-
-    jax.eval_shape(trace, weights, absent)
+    probes = {path: Factored.of(array, path) for path, array in weights.items()}
+    interpreter = Interpreter(allow=True)
+    handed_on = probe(interpreter, fun, (tree.unflatten(treedef, {**leaves, **probes}), *args), kwargs)
     uses: dict[str, list[Use]] = {path: [] for path in arrays}
     for path, use in interpreter.uses:
         uses[path].append(use)
     handed_on |= arrays.keys() - weights.keys()
-    return {path: _site(tuple(leaf.shape), uses[path], path in handed_on) for path, leaf in arrays.items()}
+    return Sites({path: _site(tuple(leaf.shape), uses[path], path in handed_on) for path, leaf in arrays.items()})
 
 
 def _site(shape: tuple[int, ...], uses: Sequence[Use], handed_on: bool) -> Site:

@@ -9,6 +9,7 @@ from typing import Any
 from lora_jax import tree
 from lora_jax.adapters import Adapter
 from lora_jax.optim import FROZEN
+from lora_jax.table import dimensions, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Summary:
         body = [
             (
                 row.path,
-                "×".join(map(str, row.shape)) or "scalar",
+                dimensions(row.shape),
                 row.variant,
                 "" if row.rank is None else str(row.rank),
                 f"{row.parameters:,}",
@@ -57,15 +58,7 @@ class Summary:
             for row in self.rows
         ]
         foot = ("total", f"{self.total:,}", "", "", f"{self.trained:,}", f"{self.share:.2%}")
-        widths = [max(len(line[i]) for line in (head, *body, foot)) for i in range(len(head))]
-        rule = "  ".join("─" * width for width in widths)
-
-        def draw(line: tuple[str, ...]) -> str:
-            words = [text.ljust(width) for text, width in zip(line[:3], widths[:3], strict=True)]
-            numbers = [text.rjust(width) for text, width in zip(line[3:], widths[3:], strict=True)]
-            return "  ".join([*words, *numbers]).rstrip()
-
-        return "\n".join([draw(head), rule, *map(draw, body), rule, draw(foot)])
+        return table(head, body, foot, numbers=(3, 4, 5))
 
 
 def summary(params: Any, lora_params: Mapping[str, Adapter]) -> Summary:

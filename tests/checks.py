@@ -116,7 +116,7 @@ def _inside(eqn: Any, ins: list[bool], sizes: set[int], found: list[str]) -> lis
             outs = _follow(params["body_jaxpr"].jaxpr, consts + carry, sizes, found)
             carry = [x or y for x, y in zip(carry, outs, strict=True)]
         return carry
-    inner = [x for value in params.values() for x in jax.tree.leaves(value, is_leaf=is_jaxpr) if is_jaxpr(x)]
+    inner = [params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if is_jaxpr(params.get(key))]
     if not inner:
         return None
     body = getattr(inner[0], "jaxpr", inner[0])

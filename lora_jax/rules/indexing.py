@@ -11,7 +11,7 @@ import jax
 from jax import lax
 
 from lora_jax.contract import Axes, Axis, size_of
-from lora_jax.factored import Factored, is_factored, total
+from lora_jax.factored import Factored, cost_of, is_factored, total
 from lora_jax.interpreter import Interpreter, rule
 from lora_jax.rules.layout import without
 
@@ -153,7 +153,7 @@ def gather(interpreter: Interpreter, eqn: Any, weight: Any, indices: Any) -> Any
     left = frozenset(axis for group in kept for axis in group)
     if not _is_looked_up(value, left, rows):
         return value
-    interpreter.record(weight, eqn, "embedding", (axis,), tuple(left))
+    interpreter.record(weight, eqn, "embedding", (axis,), tuple(left), cost_of(value))
     return total(value)
 
 

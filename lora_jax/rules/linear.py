@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.contract import Axes, Axis, Cost, Order, contract, reshape, size_of, work
+from lora_jax.contract import LETTERS, Axes, Axis, Cost, Order, contract, reshape, size_of, work
 from lora_jax.factored import Factored, Network, is_factored
 from lora_jax.interpreter import Interpreter, rule
 from lora_jax.joint import matmul
@@ -122,7 +122,7 @@ class Product:
         base, low_rank = 0, 0
         words = []
         for term in weight.terms:
-            names = ("xW" if term is weight.base else "x") + "ABCDEFGHIJKLMNOP"
+            names = ("xW" if term is weight.base else "x") + LETTERS
             axes = [self.x_axes, *term.axes]
             flops, word = work(axes, self.out, names[: len(axes)], self.whole, self.order)
             if term is weight.base:
