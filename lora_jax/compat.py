@@ -11,6 +11,7 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 from jax._src import source_info_util
+from jax._src.interpreters import partial_eval
 from jax._src.lax import parallel
 from jax.custom_derivatives import SymbolicZero
 
@@ -45,6 +46,13 @@ def last_uses(jaxpr: Any) -> list[list[Any]]:
         dead.append(list(variables))
         seen |= variables
     return dead[::-1]
+
+
+def with_results(closed: Any, wanted: list[bool]) -> Any:
+    """A closed jaxpr of the same arguments, with those results alone that are wanted, and what they need."""
+    jaxpr, consts = parts(closed)
+    jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, wanted, instantiate=True)
+    return jax.extend.core.ClosedJaxpr(jaxpr, consts)
 
 
 def forwarded(jaxpr: Any) -> list[int | None]:

@@ -61,17 +61,14 @@ def aligned(left: Factored, right: Factored, pairs: Sequence[tuple[int, int]]) -
     unused = fresh(left.names | right.names)
     others: dict[Axis, Axis] = {}
 
-    def with_roots(x: Axis, y: Axis) -> Axis:
-        return dataclasses.replace(x, roots=tuple({**dict(y.roots), **dict(x.roots)}.items()))
-
     def of_right(axis: Axis) -> Axis:
         if axis in same:
-            return with_roots(*same[axis])
+            return _with_roots(*same[axis])
         if axis.name not in left.names:
             return axis
         return others.setdefault(axis, dataclasses.replace(axis, name=next(unused)))
 
-    joined = {x: with_roots(x, y) for x, y in same.values()}
+    joined = {x: _with_roots(x, y) for x, y in same.values()}
     return left.relabel(lambda axis: joined.get(axis, axis)), right.relabel(of_right)
 
 
@@ -139,7 +136,10 @@ def choose(which: jax.Array, cases: Sequence[Factored]) -> Factored | None:
     forms = {tuple(form(delta, frozenset(case.axes)) for delta in case.deltas) for case in cases}
     deltas = _factor_by_factor(which, varying, cases) if len(forms) == 1 else None
     if deltas is None:
-        deltas = tuple(_only_if(which == i, varying, delta) for i, case in enumerate(cases) for delta in case.deltas)
+        picked = [which == jnp.asarray(i, which.dtype) for i in range(len(cases))]
+        deltas = tuple(
+            _only_if(p, varying, delta) for p, case in zip(picked, cases, strict=True) for delta in case.deltas
+        )
     return functools.reduce(lambda a, b: _join(a, b, dims, base, deltas), cases)
 
 
@@ -200,13 +200,9 @@ def form(network: Network, axes: frozenset[Axis]) -> Any:
     return kinds, network.scale, drop
 
 
-def canonical(value: Factored) -> Factored:
-    """The value with its base as one array and its axes numbered in order, so that values of one form look alike."""
-    value = value.without_units()
-    value = dataclasses.replace(value, base=dense(base_of(value), value.dims))
-    carried = (axis for delta in value.deltas for axes in delta.axes for axis in axes)
-    names = {axis: f"{i}" for i, axis in enumerate(dict.fromkeys((*value.axes, *carried)))}
-    return value.relabel(lambda axis: dataclasses.replace(axis, name=names[axis]))
+def _with_roots(axis: Axis, other: Axis) -> Axis:
+    """The axis, that comes from where the other comes from too; of one leaf it comes from one dimension alone."""
+    return dataclasses.replace(axis, roots=tuple({**dict(other.roots), **dict(axis.roots)}.items()))
 
 
 def _cross(left: Factored, right: Factored) -> tuple[Network, ...]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.export
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize
@@ -43,7 +44,7 @@ def save(path: str | os.PathLike[str], lora_params: Mapping[str, Adapter]) -> Pa
     >>> _, lora_params = lora.split(jax.random.key(0), {"w": jnp.ones((8, 4))}, {"w": lora.LoRA(rank=2)})
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     lora.load(lora.save(f"{folder}/adapter.safetensors", lora_params))["w"].variant
-    LoRA(rank=2, alpha=None, scaling='standard', init='normal', dtype='float32')
+    LoRA(rank=2, alpha=None, scaling='standard', init='normal', dtype='float32', dropout=0.0)
     """
     if not lora_params:
         raise ValueError(f"{path}: lora_params is empty, so there is nothing to save")
@@ -106,9 +107,27 @@ def load(path: str | os.PathLike[str]) -> dict[str, Adapter]:
 
 
 def _describe(adapter: Adapter) -> dict[str, Any]:
-    fields = {f.name: getattr(adapter.variant, f.name) for f in dataclasses.fields(adapter.variant) if f.compare}
-    site = {name: getattr(adapter.site, name) for name in ("shape", "kind", "batch_axes", "in_axes", "out_axes")}
-    return {"variant": type(adapter.variant).__name__, "fields": fields, "site": site}
+    return _description(adapter.variant, adapter.site)
+
+
+def _description(variant: Variant, site: Site) -> dict[str, Any]:
+    fields = {f.name: getattr(variant, f.name) for f in dataclasses.fields(variant) if f.compare}
+    axes = {name: getattr(site, name) for name in ("shape", "kind", "batch_axes", "in_axes", "out_axes")}
+    return {"variant": type(variant).__name__, "fields": fields, "site": axes}
+
+
+def _described(entry: dict[str, Any]) -> tuple[Variant, Site]:
+    axes = {name: tuple(entry["site"][name]) for name in ("shape", "batch_axes", "in_axes", "out_axes")}
+    return Variant.registry[entry["variant"]](**entry["fields"]), Site(kind=entry["site"]["kind"], **axes)
+
+
+# A function of adapters that `jax.export` writes to bytes keeps their variants and axes in the same words.
+jax.export.register_pytree_node_serialization(
+    Adapter,
+    serialized_name="lora_jax.Adapter",
+    serialize_auxdata=lambda meta: json.dumps(_description(*meta), sort_keys=True).encode(),
+    deserialize_auxdata=lambda text: _described(json.loads(text)),
+)
 
 
 def _restore(file: Path, path: str, entry: dict[str, Any], tensors: dict[str, Any]) -> Adapter:
@@ -118,9 +137,7 @@ def _restore(file: Path, path: str, entry: dict[str, Any], tensors: dict[str, An
         known = ", ".join(sorted(Variant.registry))
         raise ValueError(f"{file}: {path!r} is a {name}, and known are {known}: import the module that defines {name}")
     try:
-        variant = Variant.registry[name](**entry["fields"])
-        axes = {name: tuple(entry["site"][name]) for name in ("shape", "batch_axes", "in_axes", "out_axes")}
-        site = Site(kind=entry["site"]["kind"], **axes)
+        variant, site = _described(entry)
         factors = {factor: tensors.pop(f"{path}:{factor}") for factor in variant.labels()}
         # Raises where a factor's shape is not what the variant makes of the site's.
         variant.apply(Factored.of(jax.ShapeDtypeStruct(site.shape, "float32"), path), factors, site)

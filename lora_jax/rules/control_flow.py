@@ -46,40 +46,40 @@ def checkpoint(interpreter: Interpreter, eqn: Any, *operands: Any) -> list[Any]:
 
 @rule("cond")
 def cond(interpreter: Interpreter, eqn: Any, index: Any, *operands: Any) -> Any:
-    """Each branch is interpreted; weights that all branches return, in one form, stay factored."""
+    """Each branch is interpreted; of weights that all branches return, one is chosen factor by factor."""
     branches = eqn.params["branches"]
     if any(name != "branches" for name in eqn.params):
         return NotImplemented
     index = interpreter.form(index, eqn) if is_factored(index) else index
-    before = len(interpreter.uses)
+    weights = _weights_of(interpreter, index, branches, operands)
 
-    def normal(branch: Any, *operands: Any) -> list[Any]:
-        return [joint.canonical(y) if is_factored(y) else y for y in interpreter.evaluate(branch, *operands)]
-
-    returned = [jax.eval_shape(functools.partial(normal, branch), *operands) for branch in branches]
-    del interpreter.uses[before:]
-    same = [*zip(*returned, strict=True)]  # for each result, what each branch makes of it
-    paths = [tuple(dict.fromkeys(path for y in ys if is_factored(y) for path in y.paths)) for ys in same]
-    kept = [
-        all(map(is_factored, ys)) and len({jax.tree.structure(dataclasses.replace(y, paths=())) for y in ys}) == 1
-        for ys in same
-    ]
-
-    def plain(branch: Any) -> Any:
+    def arrays(branch: Any) -> Any:
         def run(*operands: Any) -> list[Any]:
             results = interpreter.evaluate(branch, *operands)
-            return [
-                y
-                if not is_factored(y)
-                else dataclasses.replace(joint.canonical(y), paths=p)
-                if keep
-                else interpreter.form(y, eqn)
-                for y, p, keep in zip(results, paths, kept, strict=True)
-            ]
+            rest = [y for i, y in enumerate(results) if i not in weights]
+            return [interpreter.form(y, eqn) if is_factored(y) else y for y in rest]
 
         return run
 
-    return lax.switch(index, [plain(branch) for branch in branches], *operands)
+    rest = iter(lax.switch(index, [arrays(branch) for branch in branches], *operands))
+    return [weights[i] if i in weights else next(rest) for i in range(len(eqn.outvars))]
+
+
+def _weights_of(interpreter: Interpreter, index: Any, branches: Any, operands: Any) -> dict[int, Factored]:
+    """Those results of a branch that are weights in every branch, by position, as one choice each."""
+    before = len(interpreter.uses)
+    abstract = [jax.eval_shape(functools.partial(interpreter.evaluate, branch), *operands) for branch in branches]
+    del interpreter.uses[before:]
+    everywhere = [all(map(is_factored, ys)) for ys in zip(*abstract, strict=True)]
+    if not any(everywhere) or any(compat.parts(branch)[0].effects for branch in branches):
+        return {}
+    found = [interpreter.evaluate(compat.with_results(branch, everywhere), *operands) for branch in branches]
+    which = jnp.clip(index, 0, len(branches) - 1).astype(jnp.int32)
+    weights = {}
+    for i, cases in zip([i for i, yes in enumerate(everywhere) if yes], zip(*found, strict=True), strict=True):
+        value = joint.choose(which.reshape((1,) * cases[0].ndim), cases)
+        weights.update({} if value is None else {i: value})
+    return weights
 
 
 @rule("while")

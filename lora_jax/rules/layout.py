@@ -23,8 +23,10 @@ def transpose(_: Interpreter, eqn: Any, weight: Factored) -> Factored:
 @rule("reshape")
 def reshape(_: Interpreter, eqn: Any, weight: Factored) -> Any:
     """Dims merge by joining their axes; a dim splits by splitting an axis in each operand that carries it."""
-    if eqn.params["dimensions"] is not None or weight.size == 0:
+    if weight.size == 0:
         return NotImplemented
+    if eqn.params["dimensions"] is not None:
+        weight = dataclasses.replace(weight, dims=tuple(weight.dims[d] for d in eqn.params["dimensions"]))
     weight = weight.without_units()
     queue, dims = list(weight.axes), list[Axes]()
     for size in eqn.params["new_sizes"]:
