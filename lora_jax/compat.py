@@ -55,6 +55,17 @@ def with_results(closed: Any, wanted: list[bool]) -> Any:
     return jax.extend.core.ClosedJaxpr(jaxpr, consts)
 
 
+def placeholders(jaxpr: Any) -> list[bool]:
+    """For each result of a jaxpr, whether it is an array of no value, as derivatives of `cond` have them."""
+    jaxpr, _ = parts(jaxpr)
+    empty: set[Any] = set()
+    for eqn in jaxpr.eqns:
+        copied = eqn.primitive.name == "broadcast_in_dim" and not is_literal(eqn.invars[0]) and eqn.invars[0] in empty
+        if copied or eqn.primitive.name in ("empty", "empty2"):
+            empty.update(eqn.outvars)
+    return [not is_literal(v) and v in empty for v in jaxpr.outvars]
+
+
 def forwarded(jaxpr: Any) -> list[int | None]:
     """For each result of a jaxpr, the number of the argument that it is, unchanged; None where it is none."""
     jaxpr, _ = parts(jaxpr)
@@ -95,7 +106,8 @@ def where(eqn: Any) -> str:
     if not frames:
         return ""
     frame = next((f for f in frames if "site-packages" not in f.file_name), frames[0])
-    return f"{os.path.basename(frame.file_name)}:{frame.start_line} ({frame.function_name})"
+    function = frame.function_name.rsplit("<locals>.", 1)[-1]
+    return f"{os.path.basename(frame.file_name)}:{frame.start_line} ({function})"
 
 
 def _is_ours(file_name: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -26,6 +27,10 @@ class Axis:
     name: str
     size: int
     roots: tuple[tuple[str, int], ...] = dataclasses.field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.size, np.integer):  # as some of JAX's equations have it
+            object.__setattr__(self, "size", int(self.size))
 
     def split(self, major: int) -> tuple[Axis, Axis]:
         """The axis as two, the first of size `major`.

@@ -92,7 +92,7 @@ class Network:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["base", "deltas"],
-    meta_fields=["dims", "dtype", "paths", "mixed", "is_product"],
+    meta_fields=["dims", "dtype", "paths", "mixed", "is_product", "picked"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Factored:
@@ -112,6 +112,8 @@ class Factored:
         meets a weight then takes the part of the activation.
       is_product: Whether it is the element-wise product of two weights, whose sums cost little, but whose products with
         activations cost more than forming it would.
+      picked: The axes that rows of a leaf without factors were picked along: whether they are weights or activations,
+        the next use shows.
     """
 
     base: Network | None
@@ -121,6 +123,7 @@ class Factored:
     paths: tuple[str, ...]
     mixed: bool = False
     is_product: bool = False
+    picked: Axes = ()
 
     @classmethod
     def of(cls, base: Any, path: str) -> Factored:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -173,6 +173,13 @@ class Interpreter:
             )
             self._note(path, use)
 
+    def hand_on(self, values: Iterable[Factored]) -> None:
+        """Notes what the function returns factored: rows of a leaf without factors are tokens, as far as is known."""
+        for value in values:
+            for path in value.paths if value.picked and not value.deltas else ():
+                sides = dimensions(value.picked, path), dimensions(value.axes, path)
+                self._note(path, Use("embedding", *sides, "gather", "", paths=value.paths))
+
     def _note(self, path: str, use: Use) -> None:
         n = self.times
         self.uses.append((path, dataclasses.replace(use, times=n * use.times, cost=use.cost.times(n))))
@@ -201,7 +208,10 @@ class Interpreter:
         Raises:
           MaterializeError: It is not allowed.
         """
-        self.record(value, eqn, "other", cost=cost_of(value))
+        if value.picked and not value.deltas:
+            self.record(value, eqn, "embedding", value.picked, value.axes)
+        else:
+            self.record(value, eqn, "other", cost=cost_of(value))
         if not self.allow:
             mib = value.size * np.dtype(value.dtype).itemsize / 2**20
             name = value.renamed(self.names).name

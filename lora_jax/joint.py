@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -198,6 +198,14 @@ def form(network: Network, axes: frozenset[Axis]) -> Any:
     )
     drop = network.dropout and (network.dropout.rate, tuple(map(of, network.dropout.axes)))
     return kinds, network.scale, drop
+
+
+def all_carrying(network: Network, axes: Iterable[Axis]) -> Network:
+    """The network with operands that carry these axes, along which its entries can then differ or be summed."""
+    for axis in axes:
+        if not any(axis in own for own in network.axes):
+            network = network.times(jnp.ones(axis.size, network.operands[0].dtype), (axis,))
+    return network
 
 
 def _with_roots(axis: Axis, other: Axis) -> Axis:

@@ -97,6 +97,7 @@ def run(interpreter: Interpreter, fun: Callable[..., Any], args: Any, kwargs: An
     weights = {i: leaf for i, leaf in enumerate(leaves) if is_factored(leaf)}
     jaxpr, rebuild = _trace(fun, leaves, treedef, weights)
     results = interpreter.evaluate(jaxpr, *weights.values())
+    interpreter.hand_on(value for value in results if is_factored(value))
     return rebuild(results), {path for value in results if is_factored(value) for path in value.paths}
 
 

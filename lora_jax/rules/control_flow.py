@@ -70,16 +70,30 @@ def _weights_of(interpreter: Interpreter, index: Any, branches: Any, operands: A
     before = len(interpreter.uses)
     abstract = [jax.eval_shape(functools.partial(interpreter.evaluate, branch), *operands) for branch in branches]
     del interpreter.uses[before:]
-    everywhere = [all(map(is_factored, ys)) for ys in zip(*abstract, strict=True)]
-    if not any(everywhere) or any(compat.parts(branch)[0].effects for branch in branches):
+    # What a branch leaves empty, since a derivative reads it in another branch alone, may be anything.
+    empty = [compat.placeholders(branch) for branch in branches]
+    wanted = [
+        all(map(is_factored, real)) and bool(real)
+        for real in (
+            [y for y, e in zip(ys, es, strict=True) if not e] for ys, es in zip(_t(abstract), _t(empty), strict=True)
+        )
+    ]
+    if not any(wanted) or any(compat.parts(branch)[0].effects for branch in branches):
         return {}
-    found = [interpreter.evaluate(compat.with_results(branch, everywhere), *operands) for branch in branches]
+    found = [interpreter.evaluate(compat.with_results(branch, wanted), *operands) for branch in branches]
     which = jnp.clip(index, 0, len(branches) - 1).astype(jnp.int32)
     weights = {}
-    for i, cases in zip([i for i, yes in enumerate(everywhere) if yes], zip(*found, strict=True), strict=True):
-        value = joint.choose(which.reshape((1,) * cases[0].ndim), cases)
+    for i, ys in zip([i for i, yes in enumerate(wanted) if yes], _t(found), strict=True):
+        first = next(filter(is_factored, ys))
+        cases = [y if is_factored(y) else first for y in ys]
+        value = joint.choose(which.reshape((1,) * first.ndim), cases) if any(y is not first for y in cases) else first
         weights.update({} if value is None else {i: value})
     return weights
+
+
+def _t(rows: Any) -> list[Any]:
+    """The columns of some rows."""
+    return [*zip(*rows, strict=True)]
 
 
 @rule("while")

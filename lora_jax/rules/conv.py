@@ -10,6 +10,7 @@ more than axes that x and kernel share and the result keeps.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 from lora_jax.contract import Axes, Axis, Cost, Order, contract, reshape, size_of, work
 from lora_jax.factored import Factored, is_factored
 from lora_jax.interpreter import Interpreter, rule
+from lora_jax.joint import base_of, dense
 
 Operands = Sequence[tuple[jax.Array, Axes]]
 
@@ -37,6 +39,8 @@ def conv_general_dilated(interpreter: Interpreter, eqn: Any, x: Any, kernel: Any
     # Depthwise, where a group has one output channel, the groups themselves are the outputs.
     outer = weight.dims[out_dim][len(groups) :] or groups[-1:]
     weight = weight.without_units()
+    if weight.base is not None and len(weight.base.operands) > 1:  # scaled along the window, it is no small kernel
+        weight = dataclasses.replace(weight, base=dense(base_of(weight), weight.dims))
     conv = _named(eqn, x, weight, tuple(axis for axis in groups if axis.size > 1))
     plans = [_plan(conv.estimated, term.axes, weight.whole, interpreter.order) for term in weight.terms]
     if not all(plan.stages for plan in plans):

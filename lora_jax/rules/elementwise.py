@@ -15,6 +15,7 @@ from lora_jax.contract import contract, order
 from lora_jax.contract import reshape as reshaped
 from lora_jax.factored import Factored, Network, is_factored
 from lora_jax.interpreter import Interpreter, rule
+from lora_jax.rules.layout import broadcast
 
 WITHOUT_LEAD = functools.partial(order, lead=False)
 
@@ -77,21 +78,23 @@ def sub(interpreter: Interpreter, eqn: Any, left: Any, right: Any) -> Any:
 
 @rule("reduce_sum")
 def reduce_sum(interpreter: Interpreter, eqn: Any, weight: Factored) -> Any:
-    """A sum over dimensions is a contraction of each network, which forms nothing: vectors and numbers come out."""
+    """A sum over dimensions is a contraction of each network, which forms nothing.
+
+    Where some factor has all dimensions that are left, or one is left, the result is an array; or else a weight.
+    """
     gone, out = eqn.params["axes"], eqn.outvars[0].aval
-    kept = tuple(axis for d in range(weight.ndim) if d not in gone for axis in weight.dims[d])
-    if weight.mixed or weight.is_vector or sum(axis.size > 1 for axis in kept) > 1:
+    if weight.mixed or weight.is_vector:
         return NotImplemented
+    dims = tuple(group for d, group in enumerate(weight.dims) if d not in gone)
+    summed = tuple(axis for d in gone for axis in weight.dims[d])
+    value = dataclasses.replace(weight.each(lambda network: joint.all_carrying(network, summed)), dims=dims)
+    left = frozenset(axis for axis in value.axes if axis.size > 1)
+    small = len(left) <= 1 or any(left.issubset(axes) for delta in value.deltas for axes in delta.axes)
+    if not (small or weight.is_product):
+        return dataclasses.replace(value, base=value.base and joint.dense(joint.base_of(value), dims))
     interpreter.record(weight, eqn, "sum")
-    total: Any = None
-    for term in weight.terms:
-        carried = {axis for axes in term.axes for axis in axes}
-        missing = [axis.size for d in gone for axis in weight.dims[d] if axis not in carried]
-        part = contract(term.at(weight.dtype), kept, whole=weight.whole, order=WITHOUT_LEAD)
-        for size in missing:
-            part = part * size
-        total = part if total is None else total + part
-    return reshaped(total.astype(out.dtype), out.shape)
+    terms = [contract(t.at(out.dtype), value.axes, whole=weight.whole, order=WITHOUT_LEAD) for t in value.terms]
+    return reshaped(functools.reduce(jnp.add, terms, jnp.zeros((), out.dtype)), out.shape)
 
 
 def _product(left: Factored, right: Factored) -> Any:
@@ -109,6 +112,7 @@ def _vectors_formed(interpreter: Interpreter, eqn: Any, left: Factored, right: F
 
 def _scaled(weight: Factored, array: jax.Array, eqn: Any) -> Any:
     """The weight times a number, or times an array that has some of its dimensions but not all."""
+    weight = _grown(weight, eqn)
     along = _along(weight, array, eqn)
     return NotImplemented if along is None else _scaled_by(weight, array, along)
 
@@ -120,6 +124,7 @@ def _scaled_by(weight: Factored, array: jax.Array, along: tuple[int, ...]) -> Fa
 
 def _shifted(weight: Factored, array: jax.Array, eqn: Any) -> Any:
     """The weight plus an array."""
+    weight = _grown(weight, eqn)
     along = _along(weight, array, eqn)
     if along is not None:
         axes = tuple(axis for d in along for axis in weight.dims[d])
@@ -130,6 +135,12 @@ def _shifted(weight: Factored, array: jax.Array, eqn: Any) -> Any:
     weight = weight.without_units()
     base = lax.add(joint.base_of(weight), jnp.broadcast_to(array, weight.shape))
     return dataclasses.replace(weight, base=joint.dense(base, weight.dims), mixed=True)
+
+
+def _grown(weight: Factored, eqn: Any) -> Factored:
+    """The weight with its dims of size 1 broadcast to those of the result."""
+    shape = eqn.outvars[0].aval.shape
+    return weight if shape == weight.shape else broadcast(weight, shape, range(len(shape)))
 
 
 def _along(weight: Factored, array: jax.Array, eqn: Any) -> tuple[int, ...] | None:

@@ -11,8 +11,7 @@ from jax import lax
 
 from lora_jax import joint
 from lora_jax.blocks import concatenate as concatenated
-from lora_jax.contract import Axis
-from lora_jax.factored import Factored, Network, is_factored
+from lora_jax.factored import Factored, is_factored
 from lora_jax.interpreter import Interpreter, rule
 from lora_jax.rules.indexing import along
 
@@ -62,7 +61,7 @@ def pad(_: Interpreter, eqn: Any, weight: Any, value: Any) -> Any:
         if len(weight.dims[d]) != 1:
             return NotImplemented
         (axis,) = weight.dims[d]
-        weight = weight.each(lambda network, axis=axis: _carrying(network, axis))
+        weight = weight.each(lambda network, axis=axis: joint.all_carrying(network, [axis]))
         new = dataclasses.replace(axis, size=base.shape[d])
 
         def grown(array: Any, dim: int, amounts: Any = amounts) -> Any:
@@ -71,13 +70,6 @@ def pad(_: Interpreter, eqn: Any, weight: Any, value: Any) -> Any:
 
         weight = along(weight, axis, (new,), grown)
     return dataclasses.replace(weight, base=joint.dense(base, weight.dims))
-
-
-def _carrying(network: Network, axis: Axis) -> Network:
-    """The network with an operand that carries the axis, so that it can end."""
-    if any(axis in axes for axes in network.axes):
-        return network
-    return network.times(jnp.ones(axis.size, network.operands[0].dtype), (axis,))
 
 
 def _values(interpreter: Interpreter, eqn: Any, operands: Sequence[Any]) -> list[Factored] | None:

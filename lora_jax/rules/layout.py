@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -60,9 +61,13 @@ def without(weight: Factored, dimensions: tuple[int, ...]) -> Factored:
 @rule("broadcast_in_dim")
 def broadcast_in_dim(_: Interpreter, eqn: Any, weight: Factored) -> Factored:
     """A new dim is an axis that no operand carries; so is one of size 1 that grows."""
-    shape, positions = eqn.params["shape"], eqn.params["broadcast_dimensions"]
-    weight, old = weight.without_units(), weight.shape
-    names = weight.fresh()
+    return broadcast(weight, eqn.params["shape"], eqn.params["broadcast_dimensions"])
+
+
+def broadcast(weight: Factored, shape: Sequence[int], positions: Sequence[int]) -> Factored:
+    """The weight with dims of that shape, its own at those positions."""
+    weight = weight.without_units()
+    names, old = weight.fresh(), weight.shape
     dims: list[Axes] = [(Axis(next(names), size),) if size > 1 else () for size in shape]
     for group, size, position in zip(weight.dims, old, positions, strict=True):
         if size == shape[position]:
