@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -107,7 +108,15 @@ def where(eqn: Any) -> str:
         return ""
     frame = next((f for f in frames if "site-packages" not in f.file_name), frames[0])
     function = frame.function_name.rsplit("<locals>.", 1)[-1]
-    return f"{os.path.basename(frame.file_name)}:{frame.start_line} ({function})"
+    return f"{_name_of(frame.file_name)}:{frame.start_line} ({function})"
+
+
+def _name_of(file_name: str) -> str:
+    """A file's name, or that of a notebook's cell, such as In[3]."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    cell = getattr(getattr(shell, "compile", None), "format_code_name", lambda _: None)(file_name)
+    return cell[1] if cell else os.path.basename(file_name)
 
 
 def _is_ours(file_name: str) -> bool:

@@ -169,7 +169,7 @@ class Interpreter:
         for path in value.paths:
             sides = dimensions(in_axes, path), dimensions(out_axes, path)
             use = Use(
-                kind, *sides, eqn.primitive.name, compat.where(eqn) or self.around, 1, cost or Cost(), value.paths
+                kind, *sides, eqn.primitive.name, self._where(eqn), 1, cost or Cost(), value.paths
             )
             self._note(path, use)
 

@@ -36,6 +36,12 @@ def jit(interpreter: Interpreter, eqn: Any, *operands: Any) -> list[Any]:
     return interpreter.call(eqn, transform, (name, before, after), *operands)
 
 
+@rule("closed_call", "core_call", "eval_jaxpr")
+def inline(interpreter: Interpreter, eqn: Any, *operands: Any) -> list[Any]:
+    """A body that JAX wrote into an equation, such as of a loop that a checkpoint runs again, is read in its place."""
+    return interpreter.evaluate(eqn.params["call_jaxpr"], *operands)
+
+
 @rule("remat", "remat2", "checkpoint")
 def checkpoint(interpreter: Interpreter, eqn: Any, *operands: Any) -> list[Any]:
     """Rematerialization keeps its policy."""
