@@ -132,9 +132,16 @@ def work(
     >>> work([(n, d), (d, r), (r, k)], (n, k), "xAB")
     (1048576, '(x·A)·B')
     """
+    return _work(tuple(operands), tuple(out), names, frozenset(whole), order)
+
+
+@functools.lru_cache(maxsize=4096)
+def _work(
+    operands: tuple[Axes, ...], out: Axes, names: str, whole: frozenset[Axis], order: Callable[..., Order]
+) -> tuple[int, str]:
     live = [tuple(a for a in axes if a in kept) for axes, kept in zip(operands, _kept(operands, out), strict=True)]
     words, flops = list(names), 0
-    for i, j in order(tuple(live), frozenset(out), frozenset(whole)):
+    for i, j in order(tuple(live), frozenset(out), whole):
         right, left = live.pop(j), live.pop(i)
         union, keep = frozenset(left) | frozenset(right), frozenset(out).union(*live)
         flops += size_of(union) * (1 if union <= keep else 2)

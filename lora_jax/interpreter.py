@@ -168,9 +168,7 @@ class Interpreter:
         """Notes that an equation consumes a value; the leaf's dimensions in neither group are batch axes."""
         for path in value.paths:
             sides = dimensions(in_axes, path), dimensions(out_axes, path)
-            use = Use(
-                kind, *sides, eqn.primitive.name, self._where(eqn), 1, cost or Cost(), value.paths
-            )
+            use = Use(kind, *sides, eqn.primitive.name, self._where(eqn), 1, cost or Cost(), value.paths)
             self._note(path, use)
 
     def hand_on(self, values: Iterable[Factored]) -> None:

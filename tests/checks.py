@@ -81,7 +81,7 @@ def formed(jaxpr: Any, lora_params: Any) -> list[str]:
     n = len(jax.tree.leaves(lora_params))
     found: list[str] = []
     _follow(jaxpr, [i < n for i in range(len(jaxpr.invars))], sizes, found)
-    return list(dict.fromkeys(found))
+    return found
 
 
 def _follow(jaxpr: Any, moved: list[bool], sizes: set[int], found: list[str]) -> list[bool]:

@@ -43,7 +43,7 @@ def stack(w, x):
     return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
 
 
-GROUPS = jnp.array([3, 0, 2, 1])
+GROUPS = jnp.array([3, 0, 2, 1, 0])
 X = normal(6, 8, seed=9)
 # name: function of (weight, x), weight, x. Comments say what becomes of such a weight elsewhere.
 KINDS = {
@@ -59,7 +59,7 @@ KINDS = {
     "heads_in": (lambda w, x: jnp.einsum("thk,hkd->td", x.reshape(6, 2, 4), w), normal(2, 4, 5), X),
     # Experts share one B, or get no factors.
     "experts": (lambda w, x: jnp.einsum("etd,edf->etf", x.reshape(3, 2, 8), w), normal(3, 8, 5), X),
-    "ragged_dot": (lambda w, x: lax.ragged_dot(x, w, GROUPS), normal(4, 8, 5), X),
+    "ragged_dot": (lambda w, x: lax.ragged_dot(x, w, GROUPS), normal(5, 8, 5), X),
     # Kernels are taken to be HWIO, strides to be 1.
     "conv_oihw": (oihw, normal(6, 4, 3, 3), normal(2, 4, 8, 8)),
     "conv_strided": (strided, normal(3, 3, 4, 6), normal(2, 9, 8, 4)),

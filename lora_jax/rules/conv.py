@@ -39,10 +39,11 @@ def conv_general_dilated(interpreter: Interpreter, eqn: Any, x: Any, kernel: Any
     # Depthwise, where a group has one output channel, the groups themselves are the outputs.
     outer = weight.dims[out_dim][len(groups) :] or groups[-1:]
     weight = weight.without_units()
-    if weight.base is not None and len(weight.base.operands) > 1:  # scaled along the window, it is no small kernel
-        weight = dataclasses.replace(weight, base=dense(base_of(weight), weight.dims))
     conv = _named(eqn, x, weight, tuple(axis for axis in groups if axis.size > 1))
     plans = [_plan(conv.estimated, term.axes, weight.whole, interpreter.order) for term in weight.terms]
+    if weight.base is not None and not plans[0].stages:  # a base scaled along the window is one kernel, multiplied out
+        weight = dataclasses.replace(weight, base=dense(base_of(weight), weight.dims))
+        plans[0] = _plan(conv.estimated, weight.terms[0].axes, weight.whole, interpreter.order)
     if not all(plan.stages for plan in plans):
         return NotImplemented
     inner = _flat(kernel.dims[d] for d in in_dims)

@@ -123,7 +123,7 @@ class Product:
         words = []
         for term in weight.terms:
             names = ("xW" if term is weight.base else "x") + LETTERS
-            axes = [self.x_axes, *term.axes]
+            axes = (self.x_axes, *term.axes)
             flops, word = work(axes, self.out, names[: len(axes)], self.whole, self.order)
             if term is weight.base:
                 base += flops
