@@ -124,20 +124,24 @@ def contract(
 
 
 def work(
-    operands: Sequence[Axes], out: Axes, names: str, whole: Set[Axis] = frozenset(), order: Callable[..., Order] = order
+    operands: Sequence[Axes],
+    out: Axes,
+    names: Sequence[str],
+    whole: Set[Axis] = frozenset(),
+    order: Callable[..., Order] = order,
 ) -> tuple[int, str]:
-    """The FLOPs of `contract`, and its order as an expression over `names`, one letter for each operand.
+    """The FLOPs of `contract`, and its order as an expression over `names`, one for each operand.
 
     >>> n, d, r, k = Axis("n", 64), Axis("d", 512), Axis("r", 8), Axis("k", 512)
     >>> work([(n, d), (d, r), (r, k)], (n, k), "xAB")
     (1048576, '(x·A)·B')
     """
-    return _work(tuple(operands), tuple(out), names, frozenset(whole), order)
+    return _work(tuple(operands), tuple(out), tuple(names), frozenset(whole), order)
 
 
 @functools.lru_cache(maxsize=4096)
 def _work(
-    operands: tuple[Axes, ...], out: Axes, names: str, whole: frozenset[Axis], order: Callable[..., Order]
+    operands: tuple[Axes, ...], out: Axes, names: tuple[str, ...], whole: frozenset[Axis], order: Callable[..., Order]
 ) -> tuple[int, str]:
     live = [tuple(a for a in axes if a in kept) for axes, kept in zip(operands, _kept(operands, out), strict=True)]
     words, flops = list(names), 0

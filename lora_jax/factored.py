@@ -318,7 +318,12 @@ def total(value: Factored, dtype: Any = None, precision: Any = None) -> jax.Arra
     return reshape(functools.reduce(jnp.add, terms).astype(value.dtype), value.shape)
 
 
-def cost_of(value: Factored) -> Cost:
-    """What `total` costs."""
-    pairs = [work(delta.axes, value.axes, LETTERS[: len(delta.axes)]) for delta in value.deltas]
+def cost_of(value: Factored, rows: Axes = ()) -> Cost:
+    """What `total` costs; operands over `rows`, which were looked up, are written as A[i]."""
+
+    def names(delta: Network) -> tuple[str, ...]:
+        looked_up = ("[i]" if {*rows} & {*axes} else "" for axes in delta.axes)
+        return tuple(letter + index for letter, index in zip(LETTERS, looked_up, strict=False))
+
+    pairs = [work(delta.axes, value.axes, names(delta)) for delta in value.deltas]
     return Cost(0, sum(flops for flops, _ in pairs), " + ".join(word for _, word in pairs))

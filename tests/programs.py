@@ -176,7 +176,7 @@ def move(when: Callable[[Weight], Any] = lambda w: True, registry: dict[str, Mov
 
 @move(lambda w: w.ndim > 1)
 def transpose(write, w):
-    order = write.draw(st.permutations(range(w.ndim)))
+    order = write.draw(st.permutations(range(w.ndim)).filter(lambda order: order != sorted(order)))
     return f"{w}.transpose({tuple(order)})", [w.dims[d] for d in order]
 
 
@@ -269,7 +269,7 @@ def vector(write, w):
     """Scaling by an input along some dimensions."""
     along = write.pick(scales(w))
     form = write.pick(["{w} * {v}", "{v} * {w}", "{w} / (2.0 + jnp.sin({v}))"])
-    return form.format(w=w, v=write.along(w, along)), w.dims, "scaled", *(["driven"] if len(along) < 2 else [])
+    return form.format(w=w, v=write.along(w, along)), w.dims, "scaled", "driven" if len(along) < 2 else "tilted"
 
 
 @move(lambda w: w.droppable())
@@ -297,8 +297,8 @@ def rows(write, w):
 @move()
 def same(write, w):
     """What leaves the value as it is."""
-    form = write.pick(["jnp.copy({w})", "lax.optimization_barrier({w})", "lax.optimization_barrier((h, {w}))[1]"])
-    return form.format(w=w), w.dims
+    forms = ["jnp.copy({w})", "lax.optimization_barrier({w})", "lax.optimization_barrier((h, {w}))[1]"]
+    return write.pick(forms[: 2 if "moving" in w.traits else 3]).format(w=w), w.dims
 
 
 @move()
@@ -319,8 +319,9 @@ def called(write, w):
 @move(lambda w: w.ndim > 2 and w.dims[0] and w.without(0).has_sides())
 def mapped(write, w):
     """A move of each of a stack."""
-    inner, dims, *traits = write.move(w.without(0), but={"called", "mapped", "chosen", *TOGETHER})
-    form = write.pick(["jax.vmap(lambda {w}: {inner})({w})", "lax.scan(lambda _, {w}: (None, {inner}), None, {w})[1]"])
+    inner, dims, *traits = write.move(w.without(0).having("vmapped"), but={"called", "mapped", "chosen", *TOGETHER})
+    forms = ["jax.vmap(lambda {w}: {inner})({w})", "lax.scan(lambda _, {w}: (None, {inner}), None, {w})[1]"]
+    form = write.pick(forms if len(w.dims[0]) == 1 and ".reshape" not in inner else forms[:1])
     lead = w.dims[0] if "vmap" in form else [Atom((), w.shape[0])]
     return form.format(w=w, inner=inner), [lead, *dims], *traits
 
@@ -366,7 +367,7 @@ def shift(write, w):
     """A number or a vector added."""
     dims = write.pick([(), *scales(w)])
     v = write.along(w, dims)
-    return write.pick([f"{w} + {v}", f"{v} - {w}"]), w.dims, *(["shifted"] if dims else [])
+    return write.pick([f"{w} + {v}", f"{v} - {w}"]), w.dims, "shifted"
 
 
 @move(lambda w: not w.traits & SPECIAL)
@@ -387,7 +388,7 @@ def concatenate(write, w):
     return f"jnp.concatenate([{w}, {other}], {d})", w.join(other, dims), "joined"
 
 
-@move(lambda w: w.ndim < 4 and not w.traits & SPECIAL)
+@move(lambda w: w.ndim < 4 and not w.traits & {"joined", *SPECIAL})
 def stack(write, w):
     other = write.pick([w, *like(write, w)])
     d = write.number(0, w.ndim)
@@ -403,18 +404,17 @@ def pad(write, w):
     return f"jnp.pad({w}, {around})", replaced(w, d, w.shape[d] + sum(around[d]))
 
 
-@move(lambda w: normed(w) and not w.traits & SPECIAL)
+@move(lambda w: normed(w) and not w.traits & {"tilted", *SPECIAL})
 def norm(write, w):
     """Weight normalization or standardization: along all dimensions but one."""
     axes = write.pick(normed(w))
-    form = write.pick(
-        [
-            "{w} / jnp.sqrt(1.0 + ({w} * {w}).sum({axes}, keepdims=True))",
-            "{w} / (1.0 + jnp.square({w}).sum({axes}, keepdims=True))",
-            "{w} * lax.rsqrt(1.0 + ({w} ** 2).mean({axes}, keepdims=True))",
-            "{w} - {w}.mean({axes}, keepdims=True)",
-        ]
-    )
+    forms = [
+        "{w} / jnp.sqrt(1.0 + ({w} * {w}).sum({axes}, keepdims=True))",
+        "{w} / (1.0 + jnp.square({w}).sum({axes}, keepdims=True))",
+        "{w} * lax.rsqrt(1.0 + ({w} ** 2).mean({axes}, keepdims=True))",
+        "{w} - {w}.mean({axes}, keepdims=True)",
+    ]
+    form = write.pick(forms[: 3 if "vmapped" in w.traits else 4])
     return form.format(w=w, axes=axes), w.dims, "scaled", "driven", "shifted"
 
 
@@ -507,7 +507,11 @@ def matmul(write, w):
 
 def _conv_plays(w: Weight) -> list[tuple[int, int]]:
     """Which dimension is the kernel's output, and which its input."""
-    if w.traits & {"driven", "joined"} or w.ndim not in (3, 4) or not all(atom.roots for atom in w.atoms):
+    if (
+        w.traits & {"driven", "joined", "tilted", "shifted"}
+        or w.ndim not in (3, 4)
+        or not all(atom.roots for atom in w.atoms)
+    ):
         return []
     fitting = plays(w)
     kernels = {o: "".join("f" if d == o else "s" for d in range(w.ndim)) for o in range(w.ndim)}
@@ -677,7 +681,7 @@ def layers(write, scope, depth):
             (f"h, {row}", f"h, same = lax.scan({{f}}, h, {w}, unroll=2)", f"h, {row}"),
             ("i, h", f"h = lax.fori_loop(0, {n}, {{f}}, h)", "h"),
             (f"h, {row}", f"h = jax.vmap({{f}})(h + jnp.arange({n}.0), {w}).mean()", "h"),
-            (f"h, {row}", f"h = sum(({{f}}(h, row) for row in {w}), 0.0)", "h"),
+            (f"h, {row}", f"h = sum(({{f}}(h, row) for row in {w}), 0.0) / {n}", "h"),
         ]
     )
     signature, call, result = form
@@ -830,7 +834,7 @@ def programs(draw) -> Program:
             write.consumed(w)
     arguments = ", ".join([*(x.name for x in leaves), *write.inputs])
     body = "".join(f"    {line}\n" for line in [*write.lines, "return h"])
-    under, over = transforms(draw, body)
+    under, over = transforms(draw, body, {*write.moves})
     return Program(
         source=f"def program({arguments}):\n{body}",
         leaves={x.name: x.shape for x in leaves},
@@ -856,7 +860,7 @@ def shape(draw, i, others):
     return tuple(draw(st.lists(st.sampled_from(sizes), min_size=2, max_size=len(sizes), unique=True)))
 
 
-def transforms(draw, body):
+def transforms(draw, body, moves):
     """What is done to the whole function, under and over lift, where it can be."""
 
     def some(unfit):
@@ -869,9 +873,9 @@ def transforms(draw, body):
     unfit |= set() if "x0" in body else {"grad", "scan_data", "vmap_data", "cond"}
     unfit |= {"vmap_data", "vmap_adapters"} if "ragged" in body else set()
     inside = {*unfit, "vmap_adapters"}
-    branches = re.search("lax.(cond|switch)", body)
-    inside |= {"grad"} if "barrier((h" in body else set()
-    inside |= {"vmap_data"} if branches or "dynamic_slice" in body else set()
+    branches, scaled = re.search("lax.(cond|switch)", body), {"norm", "number", "vector", "total"} & moves
+    inside |= {"grad"} if "barrier((h" in body or (branches and scaled) else set()
+    inside |= {"vmap_data"} if branches or re.search("dynamic_slice|where|select_n|keepdims", body) else set()
     under = some(inside)
     if "cond" in under:
         under = tuple(name for name in under if name != "vmap_data")

@@ -49,7 +49,7 @@ def gather(interpreter: Interpreter, eqn: Any, weight: Any, indices: Any) -> Any
         return dataclasses.replace(value, picked=(*weight.picked, *pick.axes))
     if value.deltas and not any(left.issubset(axes) for delta in value.deltas for axes in delta.axes):
         return value
-    interpreter.record(weight, eqn, "embedding", tuple(pick.axes), tuple(left), cost_of(value))
+    interpreter.record(weight, eqn, "embedding", tuple(pick.axes), tuple(left), cost_of(value, pick.rows))
     return total(value)
 
 
