@@ -132,6 +132,9 @@ def dropout(key: jax.Array, lora_params: Mapping[str, Adapter]) -> LoraParams:
     >>> grads = jax.grad(loss)(lora_params, jax.random.key(1), jnp.ones((3, 8)))
     """
 
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # as jax.random.PRNGKey makes them
+        key = jax.random.wrap_key_data(key)
+
     def with_keys(path: str, adapter: Adapter) -> Adapter:
         if not adapter.variant.dropout:
             return adapter

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.contract import Axes, Axis
-from lora_jax.factored import Dropout, Factored, Network, fresh
-from lora_jax.joint import align_all, base_of, dense, form
+from lora_jax.factored import Dropout, Factored, Network, fresh, roots_of
+from lora_jax.joint import align_all, base_of, dense, form, joined
 
 _Network = tuple[Network, list["_Piece"]]
 
@@ -34,43 +34,44 @@ def concatenate(parts: Sequence[Factored], dim: int) -> Factored | None:
     Returns:
       The value, or None where the parts' axes do not fit.
     """
+    parts = [part for part in parts if part.shape[dim]]
     lengths = [part.shape[dim] for part in parts]
     equal = len(set(lengths)) == 1
     together = align_all(parts, [d for d in range(parts[0].ndim) if equal or d != dim])
     if together is None:
         return None
     names = fresh(frozenset().union(*(part.names for part in together)))
-    roots = tuple({path: (path, d) for part in together for axis in part.dims[dim] for path, d in axis.roots}.values())
+    roots = roots_of(*(part.dims[dim] for part in together))
     size = math.gcd(*lengths)
     block = Axis(next(names), sum(lengths) // size, roots)
     inner = together[0].dims[dim] if equal else (Axis(next(names), size, roots),) if size > 1 else ()
-    blocked = [part if equal else _blocked(part, dim, block, inner) for part in together]
-    if None in blocked:
+    cut = together if equal else [_blocked(part, dim, block, inner) for part in together]
+    blocked = [part for part in cut if part is not None]
+    if len(blocked) < len(cut):
         return None
     dims = tuple((block, *inner) if d == dim else group for d, group in enumerate(blocked[0].dims))
     base = dense(jnp.concatenate([base_of(part) for part in together], dim), dims)
     counts = [length // size for length in lengths]
     own = frozenset(axis for group in dims for axis in group)
-    deltas = tuple(_stacked(alike, counts, block, next(names)) for alike in _alike(blocked, own, block, inner))
-    paths = tuple(dict.fromkeys(path for part in together for path in part.paths))
-    return Factored(base, deltas, dims, together[0].dtype, paths, any(part.mixed for part in together))
+    alike = _alike(blocked, own, block, inner, counts)
+    return joined(together, dims, base, [_stacked(same, counts, block, next(names)) for same in alike])
 
 
 def _blocked(part: Factored, dim: int, block: Axis, inner: Axes) -> Factored | None:
     """The part with its dim made of blocks: an axis named as `block`, if it has several, and `inner`."""
-    group, length, size = part.dims[dim], part.shape[dim], math.prod(axis.size for axis in inner)
-    if not group:
+    if not part.dims[dim]:
         return part
-    if len(group) > 1:
+    fused = part.fused(dim)
+    if fused is None:
         return None
-    (axis,) = group
+    axis, length, size = fused.dims[dim][0], part.shape[dim], math.prod(axis.size for axis in inner)
     if size == length:
-        return part.relabel(lambda a: inner[0] if a == axis else a)
+        return fused.relabel(lambda a: inner[0] if a == axis else a)
     if size == 1:
-        return part.relabel(lambda a: dataclasses.replace(a, name=block.name) if a == axis else a)
+        return fused.relabel(lambda a: dataclasses.replace(a, name=block.name) if a == axis else a)
     major, minor = axis.split(length // size)
     names = {major: dataclasses.replace(major, name=block.name), minor: inner[0]}
-    return part.split(axis, major.size).relabel(lambda a: names.get(a, a))
+    return fused.split(axis, major.size).relabel(lambda a: names.get(a, a))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,15 +94,21 @@ def _pieces(network: Network, block: Axis, inner: Axes) -> list[_Piece]:
     return [piece(array, axes) for array, axes in zip(network.operands, network.axes, strict=True)]
 
 
-def _alike(parts: Sequence[Factored], own: frozenset[Axis], block: Axis, inner: Axes) -> list[dict[int, _Network]]:
-    """The networks of all parts in groups of the same form, by the number of the part."""
+def _alike(
+    parts: Sequence[Factored], own: frozenset[Axis], block: Axis, inner: Axes, counts: Sequence[int]
+) -> list[dict[int, _Network]]:
+    """The networks of all parts in groups of the same form, by the number of the part.
+
+    Those that drop inputs draw a mask each, so that they stay apart, unless every block is a part with its own key.
+    """
     groups: dict[Any, dict[int, _Network]] = {}
     for i, part in enumerate(parts):
         seen = collections.Counter[Any]()
         for delta in part.deltas:
             pieces = _pieces(delta, block, inner)
             bare = Network(tuple(p.array for p in pieces), tuple(p.axes for p in pieces), delta.scale, delta.dropout)
-            key = form(bare, own), tuple(p.runs for p in pieces)
+            mask = i if delta.dropout and max(counts) > 1 else None
+            key = form(bare, own), tuple(p.runs for p in pieces), mask
             groups.setdefault((key, seen[key]), {})[i] = delta, pieces
             seen[key] += 1
     return list(groups.values())
@@ -134,8 +141,22 @@ def _stacked(alike: dict[int, _Network], counts: Sequence[int], block: Axis, nam
             if len(alike) > 1
             else (jnp.asarray(belongs[0], dtype), (block,))
         )
-    drop = first.dropout
-    if drop and one_each:
-        keys = [network.dropout.keys for network, _ in alike.values() if network.dropout]
-        drop = Dropout(jnp.stack(keys), (block, *drop.axes), drop.rate)
+    drop = _keys({i: network.dropout for i, (network, _) in alike.items() if network.dropout}, counts, block, one_each)
     return Network(tuple(x for x, _ in operands), tuple(axes for _, axes in operands), first.scale, drop)
+
+
+def _keys(alike: dict[int, Dropout], counts: Sequence[int], block: Axis, one_each: bool) -> Dropout | None:
+    """The keys of all parts, over all blocks if each block has its own; those of blocks that are zero are any."""
+    if not alike:
+        return None
+    first = next(iter(alike.values()))
+    runs = [i for i, axis in enumerate(first.axes) if axis.name == block.name]
+    if runs:
+        keys = {i: jnp.moveaxis(drop.keys, runs[0], 0) for i, drop in alike.items()}
+        some = next(iter(keys.values()))[:1]
+        rows = [keys.get(i, jnp.repeat(some, count, 0)) for i, count in enumerate(counts)]
+        axes = (block, *(axis for axis in first.axes if axis.name != block.name))
+        return Dropout(jnp.concatenate(rows), axes, first.rate)
+    if one_each:
+        return Dropout(jnp.stack([drop.keys for drop in alike.values()]), (block, *first.axes), first.rate)
+    return first

@@ -169,5 +169,6 @@ def all_gather_invariant(array: Any, names: Any) -> Any:
     """The arrays of all devices along a new first axis, known to be the same on all of them."""
     if not varying(array):
         return jax.lax.all_gather(array, names)
-    gather = getattr(parallel, "all_gather_invariant", None) or parallel._all_gather_invariant  # JAX 0.10, 0.12
+    # JAX 0.12 has it under the first name, JAX 0.10 under the second.
+    gather = getattr(parallel, "all_gather_invariant", None) or parallel._all_gather_invariant  # pyright: ignore
     return gather(array, names, axis=0, tiled=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import string
 from collections.abc import Callable, Sequence, Set
 from typing import Any
 
@@ -44,8 +45,6 @@ class Axis:
 Axes = tuple[Axis, ...]
 Order = tuple[tuple[int, int], ...]
 
-LETTERS = "ABCDEFGHIJKLMNOP"  # what the factors of a network are called in an expression
-
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
@@ -68,6 +67,15 @@ class Cost:
         Cost(base=30, low_rank=6, order='x·A')
         """
         return dataclasses.replace(self, base=n * self.base, low_rank=n * self.low_rank)
+
+
+def letters(n: int) -> tuple[str, ...]:
+    """What the factors of a network are called in an expression.
+
+    >>> letters(3), letters(28)[-2:]
+    (('A', 'B', 'C'), ('A1', 'B1'))
+    """
+    return tuple(string.ascii_uppercase[i % 26] + (str(i // 26) if i >= 26 else "") for i in range(n))
 
 
 def size_of(axes: Sequence[Axis] | Set[Axis]) -> int:
@@ -120,6 +128,8 @@ def contract(
         # Only the last product leaves the dtype that is computed in: none is wider than it need be.
         dtype = None if live else preferred_element_type
         live.insert(i, _product(left, right, keep, precision, dtype))
+    if len(live) > 1:
+        raise ValueError(f"order {order} leaves {len(live)} of {len(operands)} operands unmultiplied: one is wanted")
     return _arrange(*live[0], out)
 
 

@@ -7,12 +7,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from lora_jax.contract import Order, order
-from lora_jax.factored import is_factored
 from lora_jax.interpreter import Interpreter
-from lora_jax.lift import probe
+from lora_jax.lift import attached, probe
 from lora_jax.table import dimensions, quantity, table
 from lora_jax.uses import Use
 
@@ -110,7 +107,7 @@ def explain(fun: Callable[..., Any], *, order: Callable[..., Order] = order) -> 
 
     @functools.wraps(fun)
     def explained(*args: Any, **kwargs: Any) -> Explanation:
-        weights = [x for x in jax.tree.leaves((args, kwargs), is_leaf=is_factored) if is_factored(x)]
+        args, kwargs, weights = attached(args, kwargs)
         if not weights:
             raise ValueError("explain: no argument has an adapted leaf, so nothing is factored: give what attach made")
         interpreter = Interpreter(True, order)

@@ -6,14 +6,14 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeGuard
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.contract import LETTERS, Axes, Axis, Cost, contract, reshape, size_of, work
+from lora_jax.contract import Axes, Axis, Cost, contract, letters, reshape, size_of, work
 
 Change = Callable[[jax.Array, Axes], tuple[jax.Array, Axes]]
 
@@ -74,6 +74,11 @@ class Network:
 
     def times(self, array: jax.Array, axes: Axes) -> Network:
         """The network multiplied, element by element, by an array over some of the axes."""
+        if len(axes) < 2 and axes in self.axes:  # a scale that is scaled again is one
+            i = self.axes.index(axes)
+            return dataclasses.replace(
+                self, operands=(*self.operands[:i], self.operands[i] * array, *self.operands[i + 1 :])
+            )
         return dataclasses.replace(self, operands=(*self.operands, array), axes=(*self.axes, axes))
 
     def drop(self, x: jax.Array) -> jax.Array:
@@ -92,7 +97,7 @@ class Network:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["base", "deltas"],
-    meta_fields=["dims", "dtype", "paths", "mixed", "is_product", "picked"],
+    meta_fields=["dims", "dtype", "paths", "adapted", "mixed", "is_product", "picked"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Factored:
@@ -108,6 +113,7 @@ class Factored:
         weight change this and leave the factors alone; an axis that no operand carries is a broadcast.
       dtype: The dtype that the value has, and in which products with it are made.
       paths: The path of the leaf, or of each leaf that the value is put together from, for messages.
+      adapted: Whether some network is a variant's, and not a vector that the function itself adds.
       mixed: Whether an array was added to the base that may be an activation, such as tokens to their positions: what
         meets a weight then takes the part of the activation.
       is_product: Whether it is the element-wise product of two weights, whose sums cost little, but whose products with
@@ -121,6 +127,7 @@ class Factored:
     dims: tuple[Axes, ...]
     dtype: Any
     paths: tuple[str, ...]
+    adapted: bool = False
     mixed: bool = False
     is_product: bool = False
     picked: Axes = ()
@@ -207,7 +214,7 @@ class Factored:
             if tuple(array.shape) != tuple(axis.size for axis in axes):
                 named = ", ".join(f"{axis.name}: {axis.size}" for axis in axes)
                 raise ValueError(f"{self.name} {self.shape}: a factor of shape {array.shape} does not fit ({named})")
-        return dataclasses.replace(self, deltas=(*self.deltas, network))
+        return dataclasses.replace(self, deltas=(*self.deltas, network), adapted=True)
 
     def each(self, change: Callable[[Network], Network]) -> Factored:
         """The value with each network changed; its dims stay."""
@@ -232,6 +239,29 @@ class Factored:
             axes = refine(axes)
             return reshape(array, tuple(a.size for a in axes)), axes
 
+        return dataclasses.replace(self.map(change), dims=tuple(refine(group) for group in self.dims))
+
+    def fused(self, dim: int) -> Factored | None:
+        """The value with the axes of a dim made one, over which an operand that has some of them is broadcast.
+
+        None where a factor would become as large as the weight, as if the dim is all there is.
+        """
+        group = self.dims[dim]
+        if len(group) < 2:
+            return self
+        fused = Axis(next(self.fresh()), size_of(group), roots_of(group))
+
+        def refine(axes: Axes) -> Axes:
+            return (fused, *(axis for axis in axes if axis not in group)) if {*group} & {*axes} else axes
+
+        def change(array: jax.Array, axes: Axes) -> tuple[jax.Array, Axes]:
+            new = refine(axes)
+            if new is axes:
+                return array, axes
+            return reshape(contract([(array, axes)], (*group, *new[1:])), tuple(axis.size for axis in new)), new
+
+        if any(self.whole <= {*axes, *group} for delta in self.deltas for axes in delta.axes if {*group} & {*axes}):
+            return None
         return dataclasses.replace(self.map(change), dims=tuple(refine(group) for group in self.dims))
 
     def relabel(self, change: Callable[[Axis], Axis]) -> Factored:
@@ -282,6 +312,15 @@ def is_factored(leaf: Any) -> TypeGuard[Factored]:
     return isinstance(leaf, Factored)
 
 
+def roots_of(*groups: Iterable[Axis]) -> tuple[tuple[str, int], ...]:
+    """Where an axis comes from that stands for all of these: of each leaf, from what the first group has of it."""
+    roots: dict[tuple[str, int], None] = {}
+    for group in groups:
+        paths = {path for path, _ in roots}
+        roots.update({root: None for axis in group for root in axis.roots if root[0] not in paths})
+    return tuple(roots)
+
+
 def fresh(taken: frozenset[str]) -> Iterator[str]:
     """Names for axes that are none of those taken."""
     return (name for i in itertools.count() if (name := f"a{i}") not in taken)
@@ -323,7 +362,7 @@ def cost_of(value: Factored, rows: Axes = ()) -> Cost:
 
     def names(delta: Network) -> tuple[str, ...]:
         looked_up = ("[i]" if {*rows} & {*axes} else "" for axes in delta.axes)
-        return tuple(letter + index for letter, index in zip(LETTERS, looked_up, strict=False))
+        return tuple(letter + index for letter, index in zip(letters(len(delta.axes)), looked_up, strict=True))
 
     pairs = [work(delta.axes, value.axes, names(delta)) for delta in value.deltas]
     return Cost(0, sum(flops for flops, _ in pairs), " + ".join(word for _, word in pairs))

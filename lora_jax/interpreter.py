@@ -57,7 +57,7 @@ class Interpreter:
       around: The equations of loops and branches within it that are being interpreted, the innermost last.
       times: How often that function is called, by the loops around it.
       bodies: What `call` has traced so far.
-      spread: Arrays that were broadcast, by identity, as they were before.
+      spread: Arrays that were broadcast, by identity, with what they were before.
     """
 
     allow: bool
@@ -74,6 +74,7 @@ class Interpreter:
         """The results of a jaxpr, open or closed, on operands of which any may be Factored; so may the results."""
         jaxpr, consts = compat.parts(jaxpr)
         env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *operands), strict=True))
+        outer, self.spread = self.spread, {**self.spread}
 
         def read(atom: Any) -> Any:
             return atom.val if compat.is_literal(atom) else env[atom]
@@ -84,6 +85,7 @@ class Interpreter:
             env.update(zip(eqn.outvars, results, strict=True))
             for variable in dead:
                 self.spread.pop(id(env.pop(variable)), None)
+        self.spread = outer
         return [read(v) for v in jaxpr.outvars]
 
     def arrays(self, eqn: Any, jaxpr: Any, *operands: Any) -> list[Any]:
@@ -94,7 +96,7 @@ class Interpreter:
         if not any(map(is_factored, operands)):
             results = compat.bind(eqn, operands)
             if eqn.primitive.name == "broadcast_in_dim":
-                self.spread[id(results[0])] = eqn.params["broadcast_dimensions"], operands[0]
+                self.spread[id(results[0])] = results[0], eqn.params["broadcast_dimensions"], operands[0]
             return results
         outer, self.around = self.around, (*self.around, eqn)
         try:
@@ -117,7 +119,8 @@ class Interpreter:
         back = {number: path for path, number in numbers.items()}
         operands = tuple(x.renamed(numbers) if is_factored(x) else x for x in operands)
         jaxpr = eqn.params["jaxpr"]
-        key = (id(jaxpr), eqn.primitive.name, settings, jax.tree.structure(operands))
+        roots = tuple(axis.roots for x in operands if is_factored(x) for axis in x.axes)
+        key = (id(jaxpr), eqn.primitive.name, settings, jax.tree.structure(operands), roots)
         if key not in self.bodies:
             inner = Interpreter(self.allow, self.order, bodies=self.bodies)
             self.bodies[key] = inner, transform(functools.partial(inner._body, jaxpr)), jaxpr  # keeps the id taken
@@ -174,7 +177,7 @@ class Interpreter:
     def hand_on(self, values: Iterable[Factored]) -> None:
         """Notes what the function returns factored: rows of a leaf without factors are tokens, as far as is known."""
         for value in values:
-            for path in value.paths if value.picked and not value.deltas else ():
+            for path in value.paths if value.picked and not value.adapted else ():
                 sides = dimensions(value.picked, path), dimensions(value.axes, path)
                 self._note(path, Use("embedding", *sides, "gather", "", paths=value.paths))
 
@@ -186,7 +189,7 @@ class Interpreter:
         """An array with dimensions of size 1 where it is the same all along, as far as is known."""
         if id(array) not in self.spread:
             return jnp.asarray(array)
-        positions, small = self.spread[id(array)]
+        _, positions, small = self.spread[id(array)]  # which holds the array too, so that no other has its identity
         sizes = dict(zip(positions, jnp.shape(small), strict=True))
         return jnp.reshape(small, [sizes.get(d, 1) for d in range(array.ndim)])
 
@@ -206,7 +209,7 @@ class Interpreter:
         Raises:
           MaterializeError: It is not allowed.
         """
-        if value.picked and not value.deltas:
+        if value.picked and not value.adapted:
             self.record(value, eqn, "embedding", value.picked, value.axes)
         else:
             self.record(value, eqn, "other", cost=cost_of(value))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.contract import Axes, Axis, contract, reshape, size_of
-from lora_jax.factored import Factored, Network, fresh, total
+from lora_jax.factored import Factored, Network, fresh, roots_of, total
 
 
 def plain(array: Any) -> Factored:
@@ -45,18 +44,13 @@ def aligned(left: Factored, right: Factored, pairs: Sequence[tuple[int, int]]) -
     left, right = left.without_units(), right.without_units()
     same: dict[Axis, tuple[Axis, Axis]] = {}
     for a, b in pairs:
-        i = 0
-        while i < min(len(left.dims[a]), len(right.dims[b])):
-            x, y = left.dims[a][i], right.dims[b][i]
-            if max(x.size, y.size) % min(x.size, y.size):
-                return None
-            if x.size > y.size:
-                left = left.split(x, y.size)
-            elif y.size > x.size:
-                right = right.split(y, x.size)
-            i += 1
-        if left.dims[a] and right.dims[b] and left.shape[a] != right.shape[b]:
+        refined = _refined(left, right, a, b)
+        if refined is None:
+            one, other = left.fused(a), right.fused(b)
+            refined = None if one is None or other is None else _refined(one, other, a, b)
+        if refined is None:
             return None
+        left, right = refined
         same.update({y: (x, y) for x, y in zip(left.dims[a], right.dims[b], strict=False)})
     unused = fresh(left.names | right.names)
     others: dict[Axis, Axis] = {}
@@ -72,6 +66,21 @@ def aligned(left: Factored, right: Factored, pairs: Sequence[tuple[int, int]]) -
     return left.relabel(lambda axis: joined.get(axis, axis)), right.relabel(of_right)
 
 
+def _refined(left: Factored, right: Factored, a: int, b: int) -> tuple[Factored, Factored] | None:
+    """Both with axes of the same sizes along a dim of each; None where the one's do not divide the other's."""
+    i = 0
+    while i < min(len(left.dims[a]), len(right.dims[b])):
+        x, y = left.dims[a][i], right.dims[b][i]
+        if not x.size or not y.size or max(x.size, y.size) % min(x.size, y.size):
+            return None
+        if x.size > y.size:
+            left = left.split(x, y.size)
+        elif y.size > x.size:
+            right = right.split(y, x.size)
+        i += 1
+    return None if left.dims[a] and right.dims[b] and left.shape[a] != right.shape[b] else (left, right)
+
+
 def add(left: Factored, right: Factored) -> Factored | None:
     """left + right, of the same number of dims, of which those of size 1 are broadcast."""
     pair = aligned(left, right, [(d, d) for d in range(left.ndim)])
@@ -80,7 +89,7 @@ def add(left: Factored, right: Factored) -> Factored | None:
     left, right = pair
     dims = tuple(a or b for a, b in zip(left.dims, right.dims, strict=True))
     base = dense(jnp.broadcast_to(base_of(left) + base_of(right), tuple(map(size_of, dims))), dims)
-    return _join(left, right, dims, base, left.deltas + right.deltas)
+    return joined((left, right), dims, base, left.deltas + right.deltas)
 
 
 def multiply(left: Factored, right: Factored) -> Factored | None:
@@ -91,7 +100,7 @@ def multiply(left: Factored, right: Factored) -> Factored | None:
     left, right = pair
     dims = tuple(a or b for a, b in zip(left.dims, right.dims, strict=True))
     base = dense(jnp.broadcast_to(base_of(left) * base_of(right), tuple(map(size_of, dims))), dims)
-    return dataclasses.replace(_join(left, right, dims, base, _cross(left, right)), is_product=True)
+    return dataclasses.replace(joined((left, right), dims, base, _cross(left, right)), is_product=True)
 
 
 def matmul(
@@ -111,7 +120,7 @@ def matmul(
     gone = [b for _, b in (*batch, *summed)]
     dims = (*dims, *(right.dims[d] for d in range(right.ndim) if d not in gone))
     base = product(base_of(left), base_of(right))
-    value = _join(left, right, dims, dense(base, dims), _cross(left, right))
+    value = joined((left, right), dims, dense(base, dims), _cross(left, right))
     return dataclasses.replace(value, dtype=base.dtype)
 
 
@@ -140,7 +149,7 @@ def choose(which: jax.Array, cases: Sequence[Factored]) -> Factored | None:
         deltas = tuple(
             _only_if(p, varying, delta) for p, case in zip(picked, cases, strict=True) for delta in case.deltas
         )
-    return functools.reduce(lambda a, b: _join(a, b, dims, base, deltas), cases)
+    return joined(cases, dims, base, deltas)
 
 
 def _factor_by_factor(which: jax.Array, varying: Axes, cases: Sequence[Factored]) -> tuple[Network, ...] | None:
@@ -209,8 +218,8 @@ def all_carrying(network: Network, axes: Iterable[Axis]) -> Network:
 
 
 def _with_roots(axis: Axis, other: Axis) -> Axis:
-    """The axis, that comes from where the other comes from too; of one leaf it comes from one dimension alone."""
-    return dataclasses.replace(axis, roots=tuple({**dict(other.roots), **dict(axis.roots)}.items()))
+    """The axis, that comes from where the other comes from too."""
+    return dataclasses.replace(axis, roots=roots_of([axis], [other]))
 
 
 def _cross(left: Factored, right: Factored) -> tuple[Network, ...]:
@@ -223,8 +232,16 @@ def _cross(left: Factored, right: Factored) -> tuple[Network, ...]:
     )
 
 
-def _join(
-    left: Factored, right: Factored, dims: tuple[Axes, ...], base: Network, deltas: Sequence[Network]
-) -> Factored:
-    paths = tuple(dict.fromkeys((*left.paths, *right.paths)))
-    return Factored(base, tuple(deltas), dims, left.dtype, paths, left.mixed or right.mixed)
+def joined(parts: Sequence[Factored], dims: tuple[Axes, ...], base: Network, deltas: Sequence[Network]) -> Factored:
+    """What is put together from several values: it comes from where each comes from, and is what any is."""
+    return Factored(
+        base,
+        tuple(deltas),
+        dims,
+        parts[0].dtype,
+        paths=tuple(dict.fromkeys(path for part in parts for path in part.paths)),
+        adapted=any(part.adapted for part in parts),
+        mixed=any(part.mixed for part in parts),
+        is_product=any(part.is_product for part in parts),
+        picked=tuple(dict.fromkeys(axis for part in parts for axis in part.picked)),
+    )

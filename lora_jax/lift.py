@@ -5,6 +5,7 @@ The function is traced once as if each Factored leaf were its base array; the in
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar, overload
@@ -74,7 +75,7 @@ def lift(
 
     @functools.wraps(fun)
     def lifted(*args: Any, **kwargs: Any) -> Any:
-        weights = [x for x in jax.tree.leaves((args, kwargs), is_leaf=is_factored) if is_factored(x)]
+        args, kwargs, weights = attached(args, kwargs)
         if not weights:
             return fun(*args, **kwargs)
         interpreter = Interpreter(materialize == "allow", order)
@@ -89,6 +90,18 @@ def lift(
         return result
 
     return lifted
+
+
+def attached(args: Any, kwargs: Any) -> tuple[Any, Any, list[Factored]]:
+    """The arguments, and their Factored leaves: of several with one path, the second's is "path (2)", and so on."""
+    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_factored)
+    seen, weights = collections.Counter[str](), list[Factored]()
+    for i, leaf in enumerate(leaves):
+        if is_factored(leaf):
+            seen.update(leaf.paths)
+            leaves[i] = leaf.renamed({path: f"{path} ({seen[path]})" for path in leaf.paths if seen[path] > 1})
+            weights.append(leaves[i])
+    return *jax.tree.unflatten(treedef, leaves), weights
 
 
 def run(interpreter: Interpreter, fun: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, set[str]]:

@@ -58,16 +58,11 @@ def cond(interpreter: Interpreter, eqn: Any, index: Any, *operands: Any) -> Any:
         return NotImplemented
     index = interpreter.form(index, eqn) if is_factored(index) else index
     weights = _weights_of(interpreter, index, branches, operands)
-
-    def arrays(branch: Any) -> Any:
-        def run(*operands: Any) -> list[Any]:
-            results = interpreter.evaluate(branch, *operands)
-            rest = [y for i, y in enumerate(results) if i not in weights]
-            return [interpreter.form(y, eqn) if is_factored(y) else y for y in rest]
-
-        return run
-
-    rest = iter(lax.switch(index, [arrays(branch) for branch in branches], *operands))
+    if weights:
+        others = [i not in weights for i in range(len(eqn.outvars))]
+        branches = [compat.with_results(branch, others) for branch in branches]
+    arrays = [functools.partial(interpreter.arrays, eqn, branch) for branch in branches]
+    rest = iter(lax.switch(index, arrays, *operands))
     return [weights[i] if i in weights else next(rest) for i in range(len(eqn.outvars))]
 
 
@@ -123,7 +118,7 @@ def scan(interpreter: Interpreter, eqn: Any, *operands: Any) -> Any:
     a, b = compat.scan_counts(eqn.params)
     consts, carry, xs = operands[:a], operands[a : a + b], operands[a + b :]
     fixed = _fixed(interpreter, eqn, eqn.params["jaxpr"], carry, a)
-    xs = [interpreter.form(x, eqn) if is_factored(x) and len(x.dims[0]) > 1 else x for x in xs]
+    xs = [_led(interpreter, eqn, x) if is_factored(x) else x for x in xs]
 
     def body(moving: list[Any], rows: list[Any]) -> tuple[list[Any], list[Any]]:
         sliced = [
@@ -134,7 +129,8 @@ def scan(interpreter: Interpreter, eqn: Any, *operands: Any) -> Any:
 
     params = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
     stacks = [_stack(x) if is_factored(x) else x for x in xs]
-    moving, ys = lax.scan(interpreter.repeated(params["length"], body), fixed.rest(carry), stacks, **params)
+    init = fixed.rest(carry)  # what is formed for it is noted once, before the rounds
+    moving, ys = lax.scan(interpreter.repeated(params["length"], body), init, stacks, **params)
     return [*fixed.all(moving), *(_restacked(y, params["length"]) if is_factored(y) else y for y in ys)]
 
 
@@ -160,6 +156,12 @@ def _fixed(interpreter: Interpreter, eqn: Any, body: Any, carry: Sequence[Any], 
     sources = compat.forwarded(body)[: len(carry)]
     weights = {i: x for i, x in enumerate(carry) if is_factored(x) and sources[i] == consts + i}
     return _Carry(weights, lambda value: interpreter.form(value, eqn))
+
+
+def _led(interpreter: Interpreter, eqn: Any, weight: Factored) -> Any:
+    """A weight whose first dim is one axis; formed where there is none."""
+    fused = weight.fused(0)
+    return interpreter.form(weight, eqn) if fused is None else fused
 
 
 def _stack(weight: Factored) -> list[jax.Array | None]:

@@ -90,7 +90,7 @@ def reduce_sum(interpreter: Interpreter, eqn: Any, weight: Factored) -> Any:
     value = dataclasses.replace(weight.each(lambda network: joint.all_carrying(network, summed)), dims=dims)
     left = frozenset(axis for axis in value.axes if axis.size > 1)
     small = len(left) <= 1 or any(left.issubset(axes) for delta in value.deltas for axes in delta.axes)
-    if not (small or weight.is_product):
+    if weight.whole.isdisjoint(summed) or not (small or weight.is_product):
         return dataclasses.replace(value, base=value.base and joint.dense(joint.base_of(value), dims))
     interpreter.record(weight, eqn, "sum")
     terms = [contract(t.at(out.dtype), value.axes, whole=weight.whole, order=WITHOUT_LEAD) for t in value.terms]

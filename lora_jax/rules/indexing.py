@@ -81,7 +81,8 @@ def _cut(weight: Factored, d: int, start: int, limit: int, stride: int) -> Any:
         return along(weight, axis, (new,), lambda array, dim: lax.slice_in_dim(array, *bounds, dim))
     first = start // row
     if (limit - 1) // row != first:
-        return NotImplemented
+        fused = weight.fused(d)
+        return NotImplemented if fused is None else _cut(fused, d, start, limit, stride)
     weight = along(weight, axis, (), lambda array, dim: lax.index_in_dim(array, first, dim, keepdims=False))
     return _cut(weight, d, start - first * row, limit - first * row, stride)
 
@@ -94,7 +95,8 @@ def dynamic_slice(_: Interpreter, eqn: Any, weight: Any, *starts: Any) -> Any:
     for d, (size, old) in enumerate(zip(eqn.params["slice_sizes"], weight.shape, strict=True)):
         if size == old:
             continue
-        if len(weight.dims[d]) != 1:
+        weight = weight.fused(d)
+        if weight is None or not weight.dims[d]:
             return NotImplemented
         (axis,), start = weight.dims[d], starts[d]
         new = dataclasses.replace(axis, size=size)

@@ -58,7 +58,8 @@ def pad(_: Interpreter, eqn: Any, weight: Any, value: Any) -> Any:
     for d, amounts in enumerate(config):
         if amounts == (0, 0, 0):
             continue
-        if len(weight.dims[d]) != 1:
+        weight = weight.fused(d)
+        if weight is None or not weight.dims[d]:
             return NotImplemented
         (axis,) = weight.dims[d]
         weight = weight.each(lambda network, axis=axis: joint.all_carrying(network, [axis]))

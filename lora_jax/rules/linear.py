@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax.contract import LETTERS, Axes, Axis, Cost, Order, contract, reshape, size_of, work
+from lora_jax.contract import Axes, Axis, Cost, Order, contract, letters, reshape, size_of, work
 from lora_jax.factored import Factored, Network, is_factored
 from lora_jax.interpreter import Interpreter, rule
 from lora_jax.joint import matmul
@@ -69,10 +70,13 @@ def _of_two_weights(interpreter: Interpreter, eqn: Any, left: Factored, right: F
     value = matmul(left, right, [*zip(l_batch, r_batch, strict=True)], [*zip(l_sum, r_sum, strict=True)], bases)
     if value is None:
         return NotImplemented
+    # What it costs is that of the bases; products of factors are made where the value meets an activation.
+    cost = Cost(2 * value.size * math.prod(left.shape[d] for d in l_sum), 0, "W·V")
     for side, other, summed, batch in ((left, False, l_sum, l_batch), (right, True, r_sum, r_batch)):
         inner = _flat(side.dims[d] for d in summed)
         outer = _flat(side.dims[d] for d in range(side.ndim) if d not in (*summed, *batch))
-        interpreter.record(side, eqn, "linear", *((inner, outer) if other else (outer, inner)))
+        sides = (inner, outer) if other else (outer, inner)
+        interpreter.record(side, eqn, "linear", *sides, Cost() if other else cost)
     return value
 
 
@@ -122,9 +126,9 @@ class Product:
         base, low_rank = 0, 0
         words = []
         for term in weight.terms:
-            names = ("xW" if term is weight.base else "x") + LETTERS
+            names = ("W", *letters(len(term.axes))) if term is weight.base else letters(len(term.axes))
             axes = (self.x_axes, *term.axes)
-            flops, word = work(axes, self.out, names[: len(axes)], self.whole, self.order)
+            flops, word = work(axes, self.out, ("x", *names)[: len(axes)], self.whole, self.order)
             if term is weight.base:
                 base += flops
             else:

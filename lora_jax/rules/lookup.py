@@ -24,13 +24,18 @@ def gather(interpreter: Interpreter, eqn: Any, weight: Any, indices: Any) -> Any
     """
     if not is_factored(weight) or is_factored(indices):
         return NotImplemented
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    for d in (d for d in numbers.start_index_map if sizes[d] < weight.shape[d]):
+        fused = weight.fused(d)
+        if fused is None:
+            return NotImplemented
+        weight = fused
     pick = _pick(eqn, weight, indices)
     if pick is None:
         return NotImplemented
-    numbers = eqn.params["dimension_numbers"]
     filled = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
     base = weight.base
-    if filled and base is not None and len(base.operands) > 1:
+    if filled and (base is None or len(base.operands) > 1 or not {*pick.axes} <= {*base.axes[0]}):
         base = joint.dense(joint.base_of(weight), weight.dims)
     # Where rows are out of bounds and filled, the base alone has the fill value; ΔW is zero there.
     zero = 0 if filled else None
@@ -44,10 +49,10 @@ def gather(interpreter: Interpreter, eqn: Any, weight: Any, indices: Any) -> Any
     order = range(eqn.outvars[0].aval.ndim)
     dims = tuple(next(groups if d in numbers.offset_dims else rows) for d in order)
     value = dataclasses.replace(weight, base=base, deltas=tuple(deltas), dims=dims)
-    left = frozenset(axis for group in kept for axis in group)
-    if not value.deltas and not (pick.rows and len(left) <= 1):
+    left = frozenset(axis for group in kept for axis in group if axis.roots)
+    if not value.adapted and not (pick.rows and len(left) <= 1):
         return dataclasses.replace(value, picked=(*weight.picked, *pick.axes))
-    if value.deltas and not any(left.issubset(axes) for delta in value.deltas for axes in delta.axes):
+    if value.adapted and not any(left.issubset(axes) for delta in value.deltas for axes in delta.axes):
         return value
     interpreter.record(weight, eqn, "embedding", tuple(pick.axes), tuple(left), cost_of(value, pick.rows))
     return total(value)

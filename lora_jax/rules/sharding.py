@@ -82,7 +82,8 @@ def shard_map(interpreter: Interpreter, eqn: Any, *operands: Any) -> Any:
             return dataclasses.replace(axis, size=axis.size // ways(shards.get(axis), mesh))
 
         arrays += jax.tree.leaves(x)
-        specs += jax.tree.leaves(x.map(lambda _, axes, shards=shards: (spec_of(axes, shards), axes)), is_leaf=_is_spec)
+        tree: Any = x.map(lambda _, axes, shards=shards: (spec_of(axes, shards), axes))  # pyright: ignore
+        specs += jax.tree.leaves(tree, is_leaf=_is_spec)
         locals_.append(jax.tree.structure(x.relabel(local)))
 
     def body(*arrays: jax.Array) -> tuple[Any, ...]:
@@ -174,18 +175,16 @@ def reduce_scatter(interpreter: Interpreter, eqn: Any, weight: Factored) -> Any:
         return lax.dynamic_slice_in_dim(array, lax.axis_index(names) * part.size, part.size, dim)
 
     def of(network: Network) -> Network:
-        differs = [axes for x, axes in zip(network.operands, network.axes, strict=True) if compat.may_vary(x, names)]
-        if len(differs) != 1 or axis not in differs[0]:
+        differs = [i for i, x in enumerate(network.operands) if compat.may_vary(x, names)]
+        if len(differs) != 1 or axis not in network.axes[differs[0]]:
             network = _summed(network, weight, names, lambda x: lax.psum(x, names))
             differs = []
-
-        def change(array: jax.Array, axes: Axes) -> tuple[jax.Array, Axes]:
-            if axis not in axes:
-                return array, axes
-            cut = scatter if axes in differs else own
-            return cut(array, axes.index(axis)), tuple(part if a == axis else a for a in axes)
-
-        return network.map(change)
+        operands = [
+            (scatter if i in differs else own)(x, axes.index(axis)) if axis in axes else x
+            for i, (x, axes) in enumerate(zip(network.operands, network.axes, strict=True))
+        ]
+        axes = tuple(tuple(part if a == axis else a for a in named) for named in network.axes)
+        return dataclasses.replace(network, operands=tuple(operands), axes=axes)
 
     dims = tuple(tuple(part if a == axis else a for a in g) for g in weight.dims)
     return dataclasses.replace(weight.each(of), dims=dims)
