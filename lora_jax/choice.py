@@ -100,10 +100,11 @@ def _placed(path: str, chosen: Variant | Placed, leaf: Any, sites: Mapping[str, 
                 "pass sites=lora.sites(fun, params, ...), or give the axes in the rule: .at(in_axes=..., out_axes=...)"
             )
             raise ValueError(f"{path!r} has shape {shape}, and only a matrix is (in, out) by itself: {remedy}")
-        use = site.uses[0]
+        use = next((use for use in site.uses if use.kind in ("other", "vector")), None)
+        how = f"used whole, by {use.primitive!r} at {use.where}" if use else "handed on as it is"
         raise ValueError(
-            f"{path!r} {shape} is used whole, by {use.primitive!r} at {use.where}, so no low-rank update of it is "
-            "multiplied by anything: leave it out, or train it with Full()"
+            f"{path!r} {shape} is {how}, so a low-rank update of it would have to be formed: leave it out, train it "
+            'with Full(), or give its axes in the rule, .at(in_axes=..., out_axes=...), and lift(materialize="allow")'
         )
     return variant, dataclasses.replace(site, uses=())
 

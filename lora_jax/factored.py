@@ -37,9 +37,15 @@ class Dropout:
     axes: Axes
     rate: float
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """The input with a share of it dropped."""
-        kept = jax.random.bernoulli(self.keys.ravel()[0], 1 - self.rate, x.shape)
+    def apart(self, axes: Axes) -> Axes:
+        """The axes of the keys along which inputs over these axes do not vary, so that each entry needs its own mask."""
+        return tuple(axis for axis in self.axes if axis not in axes)
+
+    def __call__(self, x: jax.Array, apart: Axes = ()) -> jax.Array:
+        """The input with a share of it dropped, once for each entry along some axes of the keys, which come first."""
+        keys = self.keys[tuple(slice(None) if axis in apart else 0 for axis in self.axes)]
+        mask = functools.partial(jax.random.bernoulli, p=1 - self.rate, shape=x.shape)
+        kept = jax.vmap(mask)(keys.ravel()).reshape(*keys.shape, *x.shape) if apart else mask(keys)
         return jnp.where(kept, x / jnp.asarray(1 - self.rate, x.dtype), jnp.zeros((), x.dtype))
 
 
@@ -81,9 +87,10 @@ class Network:
             )
         return dataclasses.replace(self, operands=(*self.operands, array), axes=(*self.axes, axes))
 
-    def drop(self, x: jax.Array) -> jax.Array:
-        """An activation as the network gets it."""
-        return self.dropout(x) if self.dropout else x
+    def drop(self, x: jax.Array, axes: Axes) -> tuple[jax.Array, Axes]:
+        """An activation as the network gets it, with its axes: those come first that it did not have."""
+        apart = self.dropout.apart(axes) if self.dropout else ()
+        return (self.dropout(x, apart) if self.dropout else x), (*apart, *axes)
 
     def at(self, dtype: Any) -> list[tuple[jax.Array, Axes]]:
         """The operands with their axes, the scale folded in, in the dtype they are to be multiplied in."""

@@ -200,20 +200,20 @@ class Interpreter:
         if eqn.primitive.name in ("gather", "dynamic_slice"):
             self.record(value, eqn, "embedding", [axis for axis in before.axes if axis not in value.axes], value.axes)
         else:
-            self.record(value, eqn, "other")
+            self.record(value, eqn, "vector")
         return total(value)
 
     def form(self, value: Factored, eqn: Any) -> jax.Array:
-        """The whole matrix, for an equation that cannot do without it.
+        """The whole matrix, for an equation that cannot do without it; or a vector, which is no more than its factors.
 
         Raises:
-          MaterializeError: It is not allowed.
+          MaterializeError: A matrix is not allowed to be formed.
         """
         if value.picked and not value.adapted:
             self.record(value, eqn, "embedding", value.picked, value.axes)
         else:
-            self.record(value, eqn, "other", cost=cost_of(value))
-        if not self.allow:
+            self.record(value, eqn, "vector" if value.is_vector else "other", cost=cost_of(value))
+        if not self.allow and not value.is_vector:
             mib = value.size * np.dtype(value.dtype).itemsize / 2**20
             name = value.renamed(self.names).name
             raise MaterializeError(

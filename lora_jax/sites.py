@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import tree
-from lora_jax.contract import Axes
-from lora_jax.factored import Factored, weight_axes
+from lora_jax.contract import Axes, Axis
+from lora_jax.factored import Factored, Network, weight_axes
 from lora_jax.interpreter import Interpreter
 from lora_jax.lift import probe
 from lora_jax.table import dimensions, table
@@ -25,11 +25,11 @@ class Site:
 
     Attributes:
       shape: The leaf's shape.
-      kind: "linear", "conv", "embedding", "other" (the whole array is needed), or "unused".
+      kind: "linear", "conv", "embedding", "other" (the whole array is needed, if only once), or "unused".
       batch_axes: Dimensions of stacked layers or experts: each has a low-rank ΔW of its own.
       in_axes: Dimensions that are summed over (or, of an embedding, looked up).
       out_axes: Dimensions that the result has.
-      uses: Every use, in program order; a tied embedding has two. The first that is not "other" gives kind and axes.
+      uses: Every use, in program order; a tied embedding has two. The first gives kind and axes, if none is "other".
     """
 
     shape: tuple[int, ...]
@@ -85,7 +85,7 @@ class Sites(dict[str, Site]):
 def _line(path: str, site: Site) -> tuple[str, ...]:
     sides = (",".join(map(str, axes)) for axes in (site.batch_axes, site.in_axes, site.out_axes))
     times = sum(use.times for use in site.uses)
-    where = site.uses[0].where if site.uses else ""
+    where = next((use.where for use in site.uses if use.kind == site.kind), "")
     return (path, dimensions(site.shape), site.kind, *sides, str(times), where)
 
 
@@ -93,7 +93,8 @@ def sites(fun: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Si
     """What each leaf of `params` is to `fun(params, *args, **kwargs)`, by path.
 
     Found by tracing, not by names: nothing is computed, and `jax.ShapeDtypeStruct` may stand for any array, so a model
-    of any size can be looked at without its weights.
+    of any size can be looked at without its weights. Each leaf that is adaptable can be adapted together with all
+    others that are, and none of them is formed.
 
     Args:
       fun: The function that will be lifted: a model's forward pass, or a loss.
@@ -118,15 +119,40 @@ def sites(fun: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Si
     """
     leaves, treedef = tree.flatten(params)
     arrays = {path: leaf for path, leaf in leaves.items() if tree.is_array(leaf)}
+    traced = fun, leaves, treedef, args, kwargs
     weights = {path: leaf for path, leaf in arrays.items() if not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)}
-    probes = {path: Factored.of(array, path) for path, array in weights.items()}
+    uses, handed_on = _uses({path: Factored.of(array, path) for path, array in weights.items()}, *traced)
+    handed_on |= arrays.keys() - weights.keys()
+    found = Sites({path: _site(tuple(leaf.shape), uses[path], path in handed_on) for path, leaf in arrays.items()})
+    # Once more with factors: where some of the adapted leaves meet, they may have to be formed after all.
+    while adapted := {path: _adapted(weights[path], path, site) for path, site in found.items() if site.adaptable}:
+        uses, _ = _uses(adapted, *traced)
+        formed = {path: tuple(own) for path, own in uses.items() if any(use.kind == "other" for use in own)}
+        if not formed:
+            break
+        found.update({path: Site(found[path].shape, "other", uses=own) for path, own in formed.items()})
+    return found
+
+
+def _uses(
+    values: dict[str, Factored], fun: Callable[..., Any], leaves: Any, treedef: Any, args: Any, kwargs: Any
+) -> tuple[dict[str, list[Use]], set[str]]:
+    """How each of these leaves is used, and which are handed on."""
     interpreter = Interpreter(allow=True)
-    handed_on = probe(interpreter, fun, (tree.unflatten(treedef, {**leaves, **probes}), *args), kwargs)
-    uses: dict[str, list[Use]] = {path: [] for path in arrays}
+    handed_on = probe(interpreter, fun, (tree.unflatten(treedef, {**leaves, **values}), *args), kwargs)
+    uses: dict[str, list[Use]] = {path: [] for path in leaves}
     for path, use in interpreter.uses:
         uses[path].append(use)
-    handed_on |= arrays.keys() - weights.keys()
-    return Sites({path: _site(tuple(leaf.shape), uses[path], path in handed_on) for path, leaf in arrays.items()})
+    return uses, handed_on
+
+
+def _adapted(weight: Any, path: str, site: Site) -> Factored:
+    """The leaf with factors of shape alone."""
+    batch, inner, outer = site.axes()
+    rank = Axis("rank", 2)
+    axes = (*batch, *inner, rank), (*batch, rank, *outer)
+    factors: Any = (jax.ShapeDtypeStruct(tuple(axis.size for axis in own), weight.dtype) for own in axes)
+    return Factored.of(weight, path).add(Network(tuple(factors), axes))
 
 
 def _site(shape: tuple[int, ...], uses: Sequence[Use], handed_on: bool) -> Site:

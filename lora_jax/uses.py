@@ -13,7 +13,8 @@ class Use:
     """One use of a leaf: what consumes it, where, and which of the leaf's dimensions play which part.
 
     Attributes:
-      kind: "linear", "conv", "embedding" (rows are looked up), or "other" (the whole matrix is needed).
+      kind: "linear", "conv", "embedding" (rows are looked up), "sum" (over some dimensions, as for a norm), "vector"
+        (it is one, or one is taken out of it), or "other" (the whole matrix is needed).
       in_axes: Dimensions that are summed over (or, of an embedding, looked up).
       out_axes: Dimensions that the result has.
       primitive: The JAX primitive that consumes it.

@@ -12,6 +12,7 @@ import lora_jax as lora
 
 RATE = 0.25
 X = jax.random.normal(jax.random.key(1), (5, 16))
+Q = jax.random.normal(jax.random.key(3), (16, 12))
 IMAGES = jax.random.normal(jax.random.key(2), (2, 6, 6, 4))
 
 
@@ -74,6 +75,25 @@ def test_inputs_are_dropped_one_by_one_and_the_others_scaled():
     assert error(jnp.where(kept, y, 0), jnp.where(kept, X[:, :2] / (1 - RATE), 0)) < 1e-5
     assert 1 - kept.mean() == pytest.approx(RATE, abs=0.02)
     assert bool((kept.any((0, 1)) & ~kept.all((0, 1))).all())
+
+
+def test_a_key_may_be_of_either_kind():
+    run, *_ = adapted(LINEAR["stack"][0], {"w": LINEAR["stack"][1]})
+    assert bool((run(jax.random.PRNGKey(3)) == run(jax.random.key(3))).all())
+
+
+def test_weights_that_are_joined_drop_inputs_each_by_itself():
+    """A mask for each of the leaves that a fused weight, or a stack of layers, is made of."""
+    run, *_ = adapted(
+        lambda p, x: jnp.split(x @ jnp.concatenate([p["q"], p["k"], p["q"]], 1), 3, 1), {"q": Q, "k": 2.0 * Q[:, ::-1]}
+    )
+    with_q, with_k, again = (a - b for a, b in zip(run(jax.random.key(3)), run(None), strict=True))
+    assert error(with_q, again) < 1e-5 < error(with_q, with_k)
+
+    run, *_ = adapted(lambda p, x: x @ jnp.concatenate([p["w"][0], p["w"][1]], 1), {"w": jnp.stack([Q, Q])})
+    first, second = jnp.split(run(jax.random.key(3)) - run(None), 2, 1)
+    run, *_ = adapted(lambda p, x: jnp.stack([x @ w for w in p["w"]]), {"w": jnp.stack([Q, Q])})
+    assert error(jnp.stack([first, second]), run(jax.random.key(3)) - run(None)) < 1e-5
 
 
 def test_without_a_key_nothing_is_dropped():

@@ -89,6 +89,15 @@ def test_what_is_joined_is_counted_once():
     assert "linear (with 1 more)" in str(found)
 
 
+def test_a_product_of_two_weights_costs_that_of_the_bases_once():
+    params = {"v": jnp.ones((D, 3)), "w": jnp.ones((3, D))}
+    found, *_ = explained(lambda p, x: x @ (p["v"] @ p["w"]), params, X, rank=2)
+    assert [(row.path, row.use.cost.base, row.use.cost.order) for row in found.rows if len(row.use.paths) == 1] == [
+        ("v", 2 * D * 3 * D, "W·V"),
+        ("w", 0, ""),
+    ]
+
+
 def test_what_is_formed_says_so():
     def model(params, x):
         return x @ jnp.sort(params["w"])
@@ -147,6 +156,12 @@ def test_transposed_uses_start_from_the_other_factor(n, d, k):
     frozen, lora_params = lora.split(jax.random.key(0), params, {"w": lora.LoRA(2)})
     found = lora.explain(lambda p, x: x @ p["w"].T)(lora.attach(frozen, lora_params), x)
     assert [row.use.cost.order for row in found.rows] == ["(x·B)·A"]
+
+
+def test_an_order_that_leaves_operands_is_an_error():
+    frozen, lora_params = lora.split(jax.random.key(0), {"w": jnp.ones((D, D))}, {"w": lora.LoRA(2)})
+    with pytest.raises(ValueError, match="leaves 2 of 2 operands unmultiplied"):
+        lora.lift(lambda p, x: x @ p["w"], order=lambda *_: ())(lora.attach(frozen, lora_params), jnp.ones(X.shape))
 
 
 def test_a_user_can_choose_the_order():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -85,6 +87,31 @@ PROGRAMS = {
         lambda p, x: lax.scan(lambda x, w: (layer(x, w), None), x, jnp.stack([p["a"], p["b"], p["c"]]))[0],
         {"a": normal(11, 11), "b": normal(11, 11, seed=1), "c": normal(11, 11, seed=2)},
     ),
+    "stacks_joined_and_scanned": (
+        lambda p, x: lax.scan(lambda x, w: (layer(x, w), None), x, jnp.concatenate([p["a"], p["b"]]))[0],
+        {"a": normal(2, 11, 11), "b": normal(2, 11, 11, seed=1)},
+    ),
+    "heads_fused_with_a_matrix": (
+        lambda p, x: layer(x, jnp.concatenate([p["a"].reshape(11, 15), p["b"]], 1)),
+        {"a": normal(11, 3, 5), "b": normal(11, 5, seed=1)},
+    ),
+    "fused_with_nothing": (
+        lambda p, x: layer(x, jnp.concatenate([p["a"][:, :0], p["a"], jnp.zeros((11, 0)), p["b"]], 1)),
+        {"a": normal(11, 7), "b": normal(11, 5, seed=1)},
+    ),
+    "a_part_across_heads": (
+        lambda p, x: layer(x, p["v"].reshape(11, 12)[:, 3:10]) + x[..., :7] * p["v"].reshape(11, 12)[2, 5:6],
+        {"v": normal(11, 3, 4)},
+    ),
+    "padded_heads": (lambda p, x: layer(x, jnp.pad(p["v"].reshape(11, 6), ((0, 0), (1, 2)))), {"v": normal(11, 2, 3)}),
+    "from_where_x_says_across_heads": (
+        lambda p, x: layer(x, lax.dynamic_slice_in_dim(p["v"].reshape(11, 12), x.argmax() % 5, 7, 1)),
+        {"v": normal(11, 3, 4)},
+    ),
+    "columns_picked_across_heads": (
+        lambda p, x: layer(x, p["v"].reshape(11, 12)[:, jnp.array([7, 1, 11, 4])]),
+        {"v": normal(11, 3, 4)},
+    ),
     "stacked_last": (lambda p, x: jnp.einsum("bti,iko->btko", x, jnp.stack([p["v"], p["w"]], 1)), TWO),
     "stacked_and_unstacked": (lambda p, x: sum(layer(x, w) for w in jnp.unstack(p["v"])), {"v": normal(3, 11, 7)}),
     "tiled": (lambda p, x: layer(x, jnp.tile(p["v"], (1, 3))), ONE),
@@ -99,6 +126,20 @@ PROGRAMS = {
         lambda p, x: layer(x, p["v"] + p["w"].reshape(11, 6)),
         {"v": normal(11, 6), "w": normal(11, 2, 3, seed=1)},
     ),
+    "plus_another_cut_otherwise": (
+        lambda p, x: layer(x, p["v"].reshape(11, 6) + p["w"].reshape(11, 6)),
+        {"v": normal(11, 2, 3), "w": normal(11, 3, 2, seed=1)},
+    ),
+    "plus_the_same_for_all_layers": (
+        lambda p, x: jnp.einsum("bti,lio->lbto", x, p["v"] - p["w"]),
+        {"v": normal(3, 11, 7), "w": normal(11, 7, seed=1)},
+    ),
+    "scaled_many_times": (
+        lambda p, x: layer(
+            x, functools.reduce(lambda v, i: v * x[0, 0, :7] * x[0, 0][:, None] * -1.1, range(9), p["v"])
+        ),
+        ONE,
+    ),
     "times_a_broadcast_vector": (lambda p, x: layer(x, p["v"] * jnp.broadcast_to(jnp.arange(7.0), (11, 7))), ONE),
     "centered": (lambda p, x: layer(x, p["v"] - p["v"].mean(0)), ONE),
     "weight_norm": (with_weight_norm, ONE),
@@ -108,6 +149,14 @@ PROGRAMS = {
     "of_two_stacks": (
         lambda p, x: jnp.einsum("bti,eio->ebto", x, jnp.einsum("eij,ejo->eio", p["v"], p["w"])),
         {"v": normal(3, 11, 5), "w": normal(3, 5, 9, seed=1)},
+    ),
+    "summed_over_nothing": (
+        lambda p, x: layer(x, p["v"]) + jnp.sum(p["v"] * p["w"], keepdims=True)[None].sum((0, 1)) + x @ p["w"],
+        TWO,
+    ),
+    "one_product_or_the_other": (
+        lambda p, x: layer(x, lax.cond(x.sum() > 0, lambda: p["v"] @ p["w"], lambda: 2.0 * p["v"] @ p["w"])),
+        {"v": normal(11, 5), "w": normal(5, 9, seed=1)},
     ),
     "one_or_the_other": (lambda p, x: layer(x, jnp.where(x.sum() > 0, p["v"], p["w"])), TWO),
     "one_or_its_double": (lambda p, x: layer(x, jnp.where(x.sum() > 0, p["v"], 2 * p["v"])), ONE),
@@ -124,6 +173,12 @@ PROGRAMS = {
     "layers_chosen_by_cond": (
         lambda p, x: jax.vmap(lambda w, c: lax.cond(c, lambda w: layer(x, w), lambda w: x @ (2 * w), w))(p["v"], MASK),
         {"v": STACKS["v"]},
+    ),
+    "one_and_how_it_is_used": (
+        lambda p, x: (lambda wy: layer(x, wy[0]) + wy[1])(
+            lax.cond(x.sum() > 0, lambda: (p["v"], x @ p["w"]), lambda: (p["w"], x @ p["v"]))
+        ),
+        TWO,
     ),
     "carried": (carried, SQUARE),
     "carried_in_scan": (carried_in_scan, SQUARE),
@@ -203,6 +258,53 @@ def test_what_cannot_be_kept_apart_is_an_error(model, primitive):
     frozen, lora_params = lora.split(jax.random.key(0), TWO, {".": lora.LoRA(2)})
     with pytest.raises(lora.MaterializeError, match=rf"'[vw]'.*reaches '{primitive}' at test_joining.py:\d+"):
         lora.lift(model)(lora.attach(frozen, lora_params), X)
+
+
+def test_a_leaf_that_is_formed_where_it_meets_another_is_not_adaptable():
+    """Alone each could be kept apart; the odd part of both together cannot, and `sites` says so beforehand."""
+
+    def model(p, x):
+        return layer(x, jnp.concatenate([p["v"], p["w"]], 1)[:, 2:9]) + x @ p["u"]
+
+    sites = lora.sites(model, {**TWO, "u": U}, X)
+    assert {path: site.kind for path, site in sites.items()} == {"u": "linear", "v": "other", "w": "other"}
+    assert [use.primitive for use in sites["v"].uses if use.kind == "other"] == ["slice"]
+
+
+def test_calls_of_one_function_with_weights_joined_in_different_ways():
+    """The second call's weights have the form of the first's, but their dimensions come from elsewhere."""
+    product = jax.jit(lambda x, w: x @ w)
+
+    def model(p, x):
+        return product(x, p["a"] + p["b"]) + product(x, p["c"] + p["d"].T)
+
+    params = {name: normal(11, 7) for name in "abc"} | {"d": normal(7, 11)}
+    sites = lora.sites(model, params, X)
+    assert {path: (site.in_axes, site.out_axes) for path, site in sites.items()} == {
+        **{name: ((0,), (1,)) for name in "abc"},
+        "d": ((1,), (0,)),
+    }
+
+
+def test_an_array_is_not_taken_for_another_that_is_gone():
+    """Arrays that were broadcast are known by identity, and another may get the identity of one that is gone."""
+
+    def model(p, x, flag):
+        y = 0.0
+        for _ in range(20):
+            y += lax.cond(flag, lambda w: x @ w, lambda w: jnp.zeros((4, 7)), p["v"])
+            y += x @ (p["v"] + jnp.tanh(x.T @ y))
+        return y
+
+    frozen, lora_params = lora.split(jax.random.key(0), ONE, {"v": lora.LoRA(2)})
+    lora_params = randomized(lora_params)
+
+    @jax.jit
+    def lifted(lora_params, x, flag):
+        return lora.lift(model)(lora.attach(frozen, lora_params), x, flag)
+
+    x = 0.1 * X[0]
+    assert error(lifted(lora_params, x, True), model(lora.merge(frozen, lora_params), x, True)) < 1e-5
 
 
 def test_tokens_and_positions_are_activations():

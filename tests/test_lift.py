@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from checks import error, randomized
 
 import lora_jax as lora
@@ -97,6 +98,13 @@ def test_arguments_of_any_kind_pass_through():
 def test_several_attached_trees():
     found = lora.lift(lambda a, x, b: model(a, x) - model(b, x))(ATTACHED, X, b=ATTACHED)
     assert not found.any()
+
+
+def test_trees_with_the_same_paths_are_told_apart():
+    frozen, lora_params = lora.split(jax.random.key(0), PARAMS, {".*": lora.LoRA(rank=2)})
+    one, other = (lora.attach(frozen, lora_params) for _ in range(2))
+    with pytest.raises(lora.UnusedError, match=r"'down \(2\)', 'up \(2\)'"):
+        lora.lift(lambda one, other, x: x @ one["up"] @ one["down"])(one, other, jnp.ones((2, 8)))
 
 
 def test_results_of_any_kind_pass_through():

@@ -37,6 +37,21 @@ PROGRAMS = {
         ("embedding", (), (0, 1), (2,)),
     ),
     "scaled_table_filled": (lambda w: jnp.take(w * 2.0, IDS, 0), TABLE, ("embedding", (), (0,), (1,))),
+    "broadcast_table_filled": (
+        lambda w: jnp.broadcast_to(w, (3, 13, 7)).at[IDS, IDS].get(mode="fill", fill_value=0.5),
+        TABLE,
+        ("embedding", (), (0,), (1,)),
+    ),
+    "one_table_or_another_of_each_example": (
+        lambda w: jax.vmap(lambda i: jnp.where(i[0] > 0, w, w[::-1])[i])(IDS),
+        TABLE,
+        ("embedding", (), (0,), (1,)),
+    ),
+    "shifted_table_in_a_loop": (
+        lambda w: lax.fori_loop(0, 2, lambda _, y: y + jnp.sin((1.0 - w)[IDS]), jnp.zeros((2, 3, 7))),
+        TABLE,
+        ("embedding", (), (0,), (1,)),
+    ),
     "shifted_table": (lambda w: (w - w.mean(0))[IDS], TABLE, ("embedding", (), (0,), (1,))),
     "columns": (lambda w: w[:, IDS % 7], TABLE, ("embedding", (), (1,), (0,))),
     "experts": (lambda w: jnp.einsum("nd,ndf->nf", X, w[jnp.array([2, 0, 0, 1])]), STACK, ("linear", (0,), (1,), (2,))),

@@ -68,6 +68,16 @@ BODIES = {
     "scattered_rows": (lambda w, x: summed(layer(x[:, :4], scattered(w))), P(None, "model"), P("data")),
     "scattered_columns": (lambda w, x: summed(layer(x[:, :4], scattered(w, 1))), P("model"), P("data")),
     "scattered_replicas": (lambda w, x: summed(layer(x[:, :4], scattered(w))), P(), P("data")),
+    "scattered_where_two_factors_have_the_axis": (
+        lambda w, x: summed(
+            layer(
+                x[:, :4],
+                scattered(w * (1.0 + lax.axis_index("model").astype("float32") * jnp.linspace(-0.4, 0.3, 16))[:, None]),
+            )
+        ),
+        P(),
+        P("data"),
+    ),
     "passed_on": (
         lambda w, x: summed(layer(x, lax.ppermute(w, "model", [(0, 1), (1, 2), (2, 3)]))),
         P(None, "model"),

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lora_jax.contract import Axes, Axis, Cost, Order, contract, reshape, size_of, work
+from lora_jax.contract import Axes, Axis, Cost, Order, contract, letters, reshape, size_of, work
 from lora_jax.factored import Factored, is_factored
 from lora_jax.interpreter import Interpreter, rule
 from lora_jax.joint import base_of, dense
@@ -52,7 +52,9 @@ def conv_general_dilated(interpreter: Interpreter, eqn: Any, x: Any, kernel: Any
     parts = [
         eqn.primitive.bind(x, _array(term.at(weight.dtype), weight.dims), **eqn.params)
         if len(term.operands) == 1 and {*weight.axes}.issubset(*term.axes)
-        else _part(eqn, conv, term.drop(x), _by_stage(term.at(weight.dtype), plan.stages), options)
+        else _part(
+            eqn, conv, term.dropout(x) if term.dropout else x, _by_stage(term.at(weight.dtype), plan.stages), options
+        )
         for term, plan in zip(weight.terms, plans, strict=True)
     ]
     out = eqn.outvars[0].aval
@@ -217,7 +219,7 @@ def _costed(
     folded, groups, summed, new = _channels(conv, before, within, after)
     rows, x, y = conv.batch + folded, _flat(conv.x[2:]), _flat(conv.y[2:])
     small = (*groups, *new, *summed, *_flat(conv.window))
-    a, b, c = ("".join(letters) for letters in _by_stage("ABCDEFGHIJKLMNOP"[: len(operands)], stages))
+    a, b, c = ("".join(words) for words in _by_stage(letters(len(operands)), stages))
     mixing, mixed = work([_flat(conv.x), *before], (*rows, *groups, *summed, *x), "x" + a, whole, order)
     making, kernel = work(within, small, b) if within else (0, "1")
     # Strides leave out some of x, and dilations of x some of y.

@@ -59,7 +59,7 @@ def add(interpreter: Interpreter, eqn: Any, left: Any, right: Any) -> Any:
     if is_factored(left) and is_factored(right):
         left, right = _vectors_formed(interpreter, eqn, left, right)
     if is_factored(left) and is_factored(right):
-        if left.mixed or right.mixed or left.shape != right.shape:
+        if left.mixed or right.mixed:
             return NotImplemented
         return _or_not(joint.add(left, right))
     weight, other = (left, right) if is_factored(left) else (right, left)

@@ -146,9 +146,10 @@ def _multiply(x: jax.Array, terms: tuple[Network, ...], product: Product) -> jax
         # In low-rank products the activation is flattened to two dimensions: XLA's CPU back end is slow at skinny
         # products of more. The plain product with the base leaves it in the shape it has.
         how = product.with_x_flat() if len(term.operands) > 1 else product
-        activation = reshape(term.drop(x), tuple(axis.size for axis in how.x_axes))
+        activation, axes = term.drop(x, how.x_axes)
+        activation = reshape(activation, tuple(axis.size for axis in axes))
         part = contract(
-            [(activation, how.x_axes), *term.at(how.dtype)],
+            [(activation, axes), *term.at(how.dtype)],
             how.out,
             whole=how.whole,
             order=how.order,

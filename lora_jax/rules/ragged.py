@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.contract import Axes, Axis, Cost, Order, contract, reshape, size_of, work
+from lora_jax.contract import Axes, Axis, Cost, Order, contract, letters, reshape, size_of, work
 from lora_jax.factored import Factored, Network, is_factored
 from lora_jax.interpreter import Interpreter, rule
 
@@ -37,7 +37,7 @@ def ragged_dot_general(interpreter: Interpreter, eqn: Any, x: Any, weight: Any, 
     parts = [
         eqn.primitive.bind(x, _array(term.at(weight.dtype), weight.dims), sizes, **eqn.params)
         if len(term.operands) == 1 and {*weight.axes}.issubset(*term.axes)
-        else _part(eqn, ragged, term.drop(x), term.at(weight.dtype), sizes)
+        else _part(eqn, ragged, term.dropout(x) if term.dropout else x, term.at(weight.dtype), sizes)
         for term in weight.terms
     ]
     out = eqn.outvars[0].aval
@@ -80,12 +80,12 @@ class _Ragged(NamedTuple):
     def cost(self, weight: Factored) -> Cost:
         """What it costs with a weight's base, and with its factors."""
 
-        def costs(term: Network, names: str) -> tuple[int, str]:
+        def costs(term: Network) -> tuple[int, str]:
             operands = [self.even(self.x), *term.axes]
-            return work(operands, self.even(self.out), names[: len(operands)], self.whole, self.order)
+            return work(operands, self.even(self.out), ("x", *letters(len(term.axes))), self.whole, self.order)
 
-        base, _ = (0, "") if weight.base is None else costs(weight.base, "xWABCDEFGHIJKLMNOP")
-        deltas = [costs(delta, "xABCDEFGHIJKLMNOP") for delta in weight.deltas]
+        base, _ = (0, "") if weight.base is None else costs(weight.base)
+        deltas = [costs(delta) for delta in weight.deltas]
         return Cost(base, sum(flops for flops, _ in deltas), " + ".join(word for _, word in deltas))
 
 
