@@ -38,7 +38,7 @@ class Dropout:
     rate: float
 
     def apart(self, axes: Axes) -> Axes:
-        """The axes of the keys along which inputs over these axes do not vary, so that each entry needs its own mask."""
+        """The axes of the keys along which inputs over these axes do not vary, so that each has its own mask."""
         return tuple(axis for axis in self.axes if axis not in axes)
 
     def __call__(self, x: jax.Array, apart: Axes = ()) -> jax.Array:
