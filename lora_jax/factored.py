@@ -281,12 +281,17 @@ class Factored:
         return dataclasses.replace(value, dims=tuple(map(relabeled, self.dims)))
 
     def renamed(self, names: Mapping[str, str]) -> Factored:
-        """The value with other paths."""
+        """The value with other paths; those that its operands' axes come from, nothing asks for."""
 
         def change(axis: Axis) -> Axis:
-            return dataclasses.replace(axis, roots=tuple((names.get(path, path), d) for path, d in axis.roots))
+            return Axis(axis.name, axis.size, tuple((names.get(path, path), d) for path, d in axis.roots))
 
-        return dataclasses.replace(self.relabel(change), paths=tuple(names.get(path, path) for path in self.paths))
+        return dataclasses.replace(
+            self,
+            dims=tuple(tuple(map(change, group)) for group in self.dims),
+            picked=tuple(map(change, self.picked)),
+            paths=tuple(names.get(path, path) for path in self.paths),
+        )
 
     def without_units(self) -> Factored:
         """The value without axes of size 1; its dims of size 1 then have no axis at all."""

@@ -99,7 +99,8 @@ def attached(args: Any, kwargs: Any) -> tuple[Any, Any, list[Factored]]:
     for i, leaf in enumerate(leaves):
         if is_factored(leaf):
             seen.update(leaf.paths)
-            leaves[i] = leaf.renamed({path: f"{path} ({seen[path]})" for path in leaf.paths if seen[path] > 1})
+            again = {path: f"{path} ({seen[path]})" for path in leaf.paths if seen[path] > 1}
+            leaves[i] = leaf.renamed(again) if again else leaf
             weights.append(leaves[i])
     return *jax.tree.unflatten(treedef, leaves), weights
 
