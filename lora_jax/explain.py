@@ -7,9 +7,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from lora_jax.contract import Order, order
 from lora_jax.interpreter import Interpreter
 from lora_jax.lift import attached, probe
+from lora_jax.strategy import Strategy, planned
 from lora_jax.table import dimensions, quantity, table
 from lora_jax.uses import Use
 
@@ -78,14 +78,14 @@ def _line(row: Explained) -> tuple[str, ...]:
     return (row.path, dimensions(row.shape), kind + with_, use.where, str(use.times), *cost, use.cost.order)
 
 
-def explain(fun: Callable[..., Any], *, order: Callable[..., Order] = order) -> Callable[..., Explanation]:
+def explain(fun: Callable[..., Any], *, strategy: Strategy = "factored") -> Callable[..., Explanation]:
     """What `lift(fun)` does with each adapted leaf, instead of its result.
 
     Nothing is computed, and `jax.ShapeDtypeStruct` may stand for any array, also in what `attach` made.
 
     Args:
       fun: The function to be lifted.
-      order: As in `lift`.
+      strategy: As in `lift`.
 
     Returns:
       A function of the lifted function's arguments, that returns an `Explanation`: for each use of each leaf, the
@@ -110,7 +110,7 @@ def explain(fun: Callable[..., Any], *, order: Callable[..., Order] = order) -> 
         args, kwargs, weights = attached(args, kwargs)
         if not weights:
             raise ValueError("explain: no argument has an adapted leaf, so nothing is factored: give what attach made")
-        interpreter = Interpreter(True, order)
+        interpreter = Interpreter(True, planned(strategy))
         probe(interpreter, fun, args, kwargs)
         rows = []
         for weight in weights:

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import compat
-from lora_jax.contract import Axis, Cost, Order, order
+from lora_jax.contract import Axis, Cost
 from lora_jax.factored import Factored, cost_of, is_factored, materialize, total
+from lora_jax.strategy import Plan
 from lora_jax.uses import Use, dimensions
 
 Rule = Callable[..., Any]
@@ -50,7 +51,7 @@ class Interpreter:
 
     Attributes:
       allow: Whether a whole matrix may be formed.
-      order: What chooses the contraction order; see `lora_jax.contract.order`.
+      plan: How products with adapted weights are made.
       uses: What has consumed which leaf so far, as pairs of path and use.
       names: The real paths of leaves that have other names here, in the body of a call.
       line: The user's line that called the function being interpreted, for equations that know none.
@@ -61,7 +62,7 @@ class Interpreter:
     """
 
     allow: bool
-    order: Callable[..., Order] = order
+    plan: Plan = Plan()
     uses: list[tuple[str, Use]] = dataclasses.field(default_factory=list)
     names: dict[str, str] = dataclasses.field(default_factory=dict)
     line: str = ""
@@ -122,7 +123,7 @@ class Interpreter:
         roots = tuple(axis.roots for x in operands if is_factored(x) for axis in x.axes)
         key = (id(jaxpr), eqn.primitive.name, settings, jax.tree.structure(operands), roots)
         if key not in self.bodies:
-            inner = Interpreter(self.allow, self.order, bodies=self.bodies)
+            inner = Interpreter(self.allow, self.plan, bodies=self.bodies)
             self.bodies[key] = inner, transform(functools.partial(inner._body, jaxpr)), jaxpr  # keeps the id taken
         inner, function, _ = self.bodies[key]
         inner.line = self.where(eqn)

@@ -14,9 +14,9 @@ import jax
 import jax.core
 
 from lora_jax import compat
-from lora_jax.contract import Order, order
 from lora_jax.factored import Factored, is_factored
 from lora_jax.interpreter import Interpreter
+from lora_jax.strategy import Strategy, planned
 
 F = TypeVar("F", bound=Callable[..., Any])
 Allow = Literal["error", "allow"]
@@ -27,9 +27,9 @@ class UnusedError(ValueError):
 
 
 @overload
-def lift(fun: F, *, materialize: Allow = ..., unused: Allow = ..., order: Callable[..., Order] = ...) -> F: ...
+def lift(fun: F, *, materialize: Allow = ..., unused: Allow = ..., strategy: Strategy = ...) -> F: ...
 @overload
-def lift(*, materialize: Allow = ..., unused: Allow = ..., order: Callable[..., Order] = ...) -> Callable[[F], F]: ...
+def lift(*, materialize: Allow = ..., unused: Allow = ..., strategy: Strategy = ...) -> Callable[[F], F]: ...
 
 
 def lift(
@@ -37,7 +37,7 @@ def lift(
     *,
     materialize: Allow = "error",
     unused: Allow = "error",
-    order: Callable[..., Order] = order,
+    strategy: Strategy = "factored",
 ) -> Any:
     """The same function, of trees that `attach` made: `lift(f)(attach(frozen, lp)) == f(merge(frozen, lp))`.
 
@@ -51,8 +51,9 @@ def lift(
       fun: A function of any pytrees, that returns any pytree.
       materialize: "allow" to form the whole matrix where a primitive has no rule that keeps the factors apart.
       unused: "allow" to accept adapted leaves that the function does not read.
-      order: What chooses the order of the products of an activation with factors, of the form of
-        `lora_jax.contract.order`, which takes the cheapest by number of multiplications: (x·A)·B, as a rule.
+      strategy: "factored", which takes the cheapest order of products that never forms a weight, (x·A)·B as a rule;
+        "hybrid", which forms W + A·B where that takes fewer FLOPs, for as many bytes as W has (see
+        `lora_jax.strategy`); or a function that chooses the order, like `lora_jax.contract.order`.
 
     Returns:
       The lifted function. A Factored leaf that it returns (a cast or transposed weight, say) stays Factored.
@@ -70,15 +71,16 @@ def lift(
     for name, value in (("materialize", materialize), ("unused", unused)):
         if value not in ("error", "allow"):
             raise ValueError(f"lift: {name}={value!r} is neither 'error' nor 'allow'")
+    plan = planned(strategy)
     if fun is None:
-        return functools.partial(lift, materialize=materialize, unused=unused, order=order)
+        return functools.partial(lift, materialize=materialize, unused=unused, strategy=strategy)
 
     @functools.wraps(fun)
     def lifted(*args: Any, **kwargs: Any) -> Any:
         args, kwargs, weights = attached(args, kwargs)
         if not weights:
             return fun(*args, **kwargs)
-        interpreter = Interpreter(materialize == "allow", order)
+        interpreter = Interpreter(materialize == "allow", plan)
         result, read = run(interpreter, fun, args, kwargs)
         read.update(path for path, _ in interpreter.uses)
         unread = [path for weight in weights for path in weight.paths if path not in read]

@@ -161,7 +161,7 @@ def test_transposed_uses_start_from_the_other_factor(n, d, k):
 def test_an_order_that_leaves_operands_is_an_error():
     frozen, lora_params = lora.split(jax.random.key(0), {"w": jnp.ones((D, D))}, {"w": lora.LoRA(2)})
     with pytest.raises(ValueError, match="leaves 2 of 2 operands unmultiplied"):
-        lora.lift(lambda p, x: x @ p["w"], order=lambda *_: ())(lora.attach(frozen, lora_params), jnp.ones(X.shape))
+        lora.lift(lambda p, x: x @ p["w"], strategy=lambda *_: ())(lora.attach(frozen, lora_params), jnp.ones(X.shape))
 
 
 def test_a_user_can_choose_the_order():
@@ -171,8 +171,8 @@ def test_a_user_can_choose_the_order():
         return ((1, 2), (0, 1)) if len(operands) == 3 else ((0, 1),)
 
     params = {"w": jax.random.normal(jax.random.key(0), (D, D))}
-    found, frozen, lora_params = explained(lambda p, x: x @ p["w"], params, X, order=formed_first)
+    found, frozen, lora_params = explained(lambda p, x: x @ p["w"], params, X, strategy=formed_first)
     assert [row.use.cost.order for row in found.rows] == ["x·(A·B)"]
-    lifted = lora.lift(lambda p, x: x @ p["w"], order=formed_first)
+    lifted = lora.lift(lambda p, x: x @ p["w"], strategy=formed_first)
     counted = flops(lambda f, lp, x: lifted(lora.attach(f, lp), x), frozen, lora_params, X)
     assert counted == pytest.approx(found.base_flops + found.low_rank_flops, rel=0.01)

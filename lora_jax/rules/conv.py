@@ -40,15 +40,15 @@ def conv_general_dilated(interpreter: Interpreter, eqn: Any, x: Any, kernel: Any
     outer = weight.dims[out_dim][len(groups) :] or groups[-1:]
     weight = weight.without_units()
     conv = _named(eqn, x, weight, tuple(axis for axis in groups if axis.size > 1))
-    plans = [_plan(conv.estimated, term.axes, weight.whole, interpreter.order) for term in weight.terms]
+    plans = [_plan(conv.estimated, term.axes, weight.whole, interpreter.plan.order) for term in weight.terms]
     if weight.base is not None and not plans[0].stages:  # a base scaled along the window is one kernel, multiplied out
         weight = dataclasses.replace(weight, base=dense(base_of(weight), weight.dims))
-        plans[0] = _plan(conv.estimated, weight.terms[0].axes, weight.whole, interpreter.order)
+        plans[0] = _plan(conv.estimated, weight.terms[0].axes, weight.whole, interpreter.plan.order)
     if not all(plan.stages for plan in plans):
         return NotImplemented
     inner = _flat(kernel.dims[d] for d in in_dims)
     interpreter.record(kernel, eqn, "conv", inner, outer, _cost(weight, plans))
-    options = {"whole": weight.whole, "order": interpreter.order, "precision": eqn.params["precision"]}
+    options = {"whole": weight.whole, "order": interpreter.plan.order, "precision": eqn.params["precision"]}
     parts = [
         eqn.primitive.bind(x, _array(term.at(weight.dtype), weight.dims), **eqn.params)
         if len(term.operands) == 1 and {*weight.axes}.issubset(*term.axes)

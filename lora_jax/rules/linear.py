@@ -10,11 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.contract import Axes, Axis, Cost, Order, contract, letters, reshape, size_of, work
-from lora_jax.factored import Factored, Network, is_factored
+from lora_jax.factored import Factored, Network, cost_of, is_factored, materialize
 from lora_jax.interpreter import Interpreter, rule
-from lora_jax.joint import matmul
+from lora_jax.joint import dense, matmul
+
+PRODUCT = "lora_jax.product"  # what `jax.checkpoint` knows x·(W + ΔW) by
 
 
 @rule("dot_general")
@@ -48,13 +51,18 @@ def dot_general(interpreter: Interpreter, eqn: Any, lhs: Any, rhs: Any) -> Any:
         x_out=x_out,
         out=out,
         whole=weight.whole,
-        order=interpreter.order,
+        order=interpreter.plan.order,
         precision=eqn.params["precision"],
         preferred_element_type=eqn.params["preferred_element_type"],
         dtype=weight.dtype,
         result=(eqn.outvars[0].aval.shape, eqn.outvars[0].aval.dtype),
     )
-    interpreter.record(weight, eqn, "linear", summed, w_out, product.cost(weight))
+    cost, forming = product.cost(weight), cost_of(weight).low_rank
+    plain = not weight.is_broadcast and not any(term.dropout for term in weight.terms)
+    if plain and interpreter.plan.forms(forming, cost.low_rank):
+        interpreter.record(weight, eqn, "linear", summed, w_out, Cost(cost.base, forming, "x·(W + ΔW)"))
+        return _hybrid(x, weight, product)
+    interpreter.record(weight, eqn, "linear", summed, w_out, cost)
     return _multiply(x, weight.terms, product)
 
 
@@ -158,7 +166,28 @@ def _multiply(x: jax.Array, terms: tuple[Network, ...], product: Product) -> jax
         )
         part = reshape(part.astype(dtype), shape)
         y = part if y is None else y + part
-    return y
+    return checkpoint_name(y, PRODUCT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _hybrid(x: jax.Array, weight: Factored, product: Product) -> jax.Array:
+    """The product with W + ΔW formed, whose gradient by the factors is that of `_multiply`."""
+    return _hybrid_forward(x, weight, product)[0]
+
+
+def _hybrid_forward(x: jax.Array, weight: Factored, product: Product) -> tuple[jax.Array, Any]:
+    formed = (dense(materialize(weight), weight.dims),)
+    return _multiply(x, formed, product), (x, weight, formed)
+
+
+def _hybrid_backward(product: Product, saved: Any, dy: jax.Array) -> tuple[jax.Array, Factored]:
+    x, weight, formed = saved
+    _, of_x = jax.vjp(lambda x: _multiply(x, formed, product), x)
+    _, of_weight = jax.vjp(lambda weight: _multiply(x, weight.terms, product), weight)
+    return *of_x(dy), *of_weight(dy)
+
+
+_hybrid.defvjp(_hybrid_forward, _hybrid_backward)
 
 
 def _flat(groups: Any) -> Axes:

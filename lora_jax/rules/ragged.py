@@ -32,7 +32,7 @@ def ragged_dot_general(interpreter: Interpreter, eqn: Any, x: Any, weight: Any, 
     (_, w_sum), _ = numbers.dot_dimension_numbers
     inner, outer = (_flat(weight.dims[d] for d in dims) for dims in (w_sum, _w_free(weight, numbers)))
     weight = weight.without_units()
-    ragged = _named(eqn, x, weight, interpreter.order)
+    ragged = _named(eqn, x, weight, interpreter.plan.order)
     interpreter.record(weight, eqn, "linear", inner, outer, ragged.cost(weight))
     parts = [
         eqn.primitive.bind(x, _array(term.at(weight.dtype), weight.dims), sizes, **eqn.params)
