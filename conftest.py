@@ -4,6 +4,7 @@ This file lies at the root because the doctests in `lora_jax/` need it as much a
 start (notebooks, the command line) inherit it. Flags that XLA_FLAGS already holds win.
 """
 
+import gc
 import importlib.metadata
 import os
 import sys
@@ -23,3 +24,5 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
     ]
 ).strip()
+
+gc.set_threshold(20_000, 20, 20)  # tracing allocates much and frees it all by counting references
