@@ -33,10 +33,10 @@ def normal(*shape: int, seed: int = 0, scale: float = 1.0, mean: float = 0.0) ->
     return jax.device_put(np.random.default_rng(seed).normal(mean, scale, shape).astype(np.float32))
 
 
-def randomized(lora_params: Any, scale: float = 0.1) -> Any:
+def randomized(lora_params: Any, scale: float = 0.1, seed: int = 0) -> Any:
     """The same adapters with every factor drawn at random, B too."""
     leaves, treedef = jax.tree.flatten(lora_params)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     drawn = [jax.device_put((scale * rng.standard_normal(x.shape)).astype(x.dtype)) for x in leaves]
     return jax.tree.unflatten(treedef, drawn)
 

@@ -81,16 +81,20 @@ def test_lifted_equals_merged_without_jit():
 
 
 def test_bfloat16_is_as_exact_as_merging():
+    """On the average of several draws: of one, either may be the better."""
     _, _, batch, frozen, lora_params = prepared("bfloat16", "LoRA")
-    lora_params = randomized(lora_params)
     exact_loss, *_ = ZOO["linen"]()
     wide = jax.tree.map(lambda x: np.asarray(x).astype(np.float32), frozen)
-    exact = jax.jit(jax.grad(lambda lp: exact_loss(lora.merge(wide, lp), *batch)))(lora_params)
-    _, lifted = lifted_step("bfloat16", "LoRA")(lora_params)
-    _, merged = merged_step("bfloat16", "LoRA")(lora_params)
-    assert {x.dtype for x in jax.tree.leaves(lifted)} == {np.dtype("float32")}
-    assert error(lifted, exact) < 1.5 * error(merged, exact)
-    assert error(lifted, exact) < 0.1
+    exact = jax.jit(jax.grad(lambda lp: exact_loss(lora.merge(wide, lp), *batch)))
+    errors = []
+    for seed in range(8):
+        drawn = randomized(lora_params, seed=seed)
+        (_, lifted), (_, merged) = (step("bfloat16", "LoRA")(drawn) for step in (lifted_step, merged_step))
+        assert {x.dtype for x in jax.tree.leaves(lifted)} == {np.dtype("float32")}
+        errors.append((error(lifted, exact(drawn)), error(merged, exact(drawn))))
+    lifted, merged = np.mean(errors, axis=0)
+    assert lifted < 1.5 * merged
+    assert lifted < 0.1
 
 
 @pytest.mark.parametrize(("model", "variant"), CASES)
