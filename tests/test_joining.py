@@ -132,7 +132,10 @@ PROGRAMS = {
     ),
     "scaled_many_times": (
         lambda p, x: layer(
-            x, functools.reduce(lambda v, i: v * x[0, 0, :7] * x[0, 0][:, None] * -1.1, range(9), p["v"])
+            x,
+            functools.reduce(
+                lambda v, i: v * jnp.cos(x[0, 0, :7]) * jnp.cos(x[0, 0])[:, None] * -1.1, range(9), p["v"]
+            ),
         ),
         ONE,
     ),
@@ -208,7 +211,7 @@ def test_lifted_equals_merged(name):
         return model(lora.merge(frozen, lora_params), x)
 
     found, expected = (jax.jit(step(fun))(lora_params, X) for fun in (lifted, merged))
-    assert error(found, expected) < 1e-5
+    assert error(found, expected) < 3e-5
     shapes = formed(jax.make_jaxpr(step(lifted))(lora_params, X), lora_params)
     assert shapes == []
 
