@@ -177,7 +177,7 @@ ONCE_FAILED = {
 @pytest.mark.parametrize("number", range(4))
 def test_random_programs(number):
     @seed(number)
-    @settings(max_examples=24, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=16, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(programs())
     def holds(program):
         note(repr(program))
