@@ -4,6 +4,8 @@ This file lies at the root because the doctests in `lora_jax/` need it as much a
 start (notebooks, the command line) inherit it. Flags that XLA_FLAGS already holds win.
 """
 
+import gc
+import importlib.metadata
 import os
 import sys
 
@@ -17,6 +19,10 @@ os.environ["XLA_FLAGS"] = " ".join(
         # Tests compile much and compute little: without LLVM's optimizations they take a third less CPU time.
         # (Fewer intra-op threads per worker were measured too, and change nothing.)
         "--xla_backend_optimization_level=0",
+        # Its former emitters take a third of the time again. Later releases have them no more, and refuse the flag.
+        *(["--xla_cpu_use_fusion_emitters=false"] if importlib.metadata.version("jaxlib").startswith("0.10.") else []),
         os.environ.get("XLA_FLAGS", ""),
     ]
 ).strip()
+
+gc.set_threshold(20_000, 20, 20)  # tracing allocates much and frees it all by counting references

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 import lora_jax as lora
 from lora_jax import compat
@@ -27,22 +28,33 @@ VIEWS = {
 }
 
 
-def randomized(lora_params: Any, scale: float = 0.1) -> Any:
+def normal(*shape: int, seed: int = 0, scale: float = 1.0, mean: float = 0.0) -> jax.Array:
+    """Random numbers, drawn by NumPy: JAX compiles a program for each shape, and here there are hundreds."""
+    return jax.device_put(np.random.default_rng(seed).normal(mean, scale, shape).astype(np.float32))
+
+
+def randomized(lora_params: Any, scale: float = 0.1, seed: int = 0) -> Any:
     """The same adapters with every factor drawn at random, B too."""
     leaves, treedef = jax.tree.flatten(lora_params)
-    keys = jax.random.split(jax.random.key(7), len(leaves))
-    drawn = [scale * jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)]
+    rng = np.random.default_rng(seed)
+    drawn = [jax.device_put((scale * rng.standard_normal(x.shape)).astype(x.dtype)) for x in leaves]
     return jax.tree.unflatten(treedef, drawn)
 
 
+def split_at_random(params: Any, rules: Any, sites: Any = None, scale: float = 0.3) -> tuple[Any, Any]:
+    """What `lora.split` returns for a tree of arrays, randomized; what it would draw itself is not computed first."""
+    split = functools.partial(lora.split, jax.random.key(0), rules=rules, sites=sites)
+    return params, randomized(jax.eval_shape(split, params)[1], scale)
+
+
 def error(found: Any, expected: Any) -> float:
-    """The largest relative error of any leaf, in the norm of the leaf."""
+    """The largest relative error of any leaf, in the norm of the leaf; not a number if an entry of one is none."""
 
-    def of_leaf(a: jax.Array, b: jax.Array) -> float:
-        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-        return float(jnp.linalg.norm((a - b).ravel()) / jnp.maximum(jnp.linalg.norm(b.ravel()), 1e-30))
+    def of_leaf(a: Any, b: Any) -> float:
+        a, b = np.asarray(a).astype(np.float64), np.asarray(b).astype(np.float64)
+        return float(np.linalg.norm((a - b).ravel()) / max(np.linalg.norm(b.ravel()), 1e-30))
 
-    return max(jax.tree.leaves(jax.tree.map(of_leaf, found, expected)))
+    return float(np.max(jax.tree.leaves(jax.tree.map(of_leaf, found, expected))))
 
 
 def all_adaptable(variant: lora.Variant) -> Any:

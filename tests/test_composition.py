@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import all_adaptable, equations, error, randomized
+from checks import all_adaptable, equations, error, normal, randomized
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import checkify, io_callback
@@ -20,10 +20,10 @@ import lora_jax as lora
 
 KEY = jax.random.key(0)
 PARAMS = {
-    "up": 0.3 * jax.random.normal(jax.random.key(1), (8, 16)),
-    "down": 0.3 * jax.random.normal(jax.random.key(2), (16, 8)),
+    "up": normal(8, 16, seed=1, scale=0.3),
+    "down": normal(16, 8, seed=2, scale=0.3),
 }
-X = jax.random.normal(jax.random.key(3), (16, 8))
+X = normal(16, 8, seed=3)
 FROZEN, INITIAL = lora.split(KEY, PARAMS, {".*": lora.LoRA(rank=2, alpha=4)})
 LORA_PARAMS = randomized(INITIAL, 0.2)
 ATTACHED, MERGED = lora.attach(FROZEN, LORA_PARAMS), lora.merge(FROZEN, LORA_PARAMS)

@@ -8,7 +8,7 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
-from checks import equations, error, flops, formed, randomized
+from checks import equations, error, flops, formed, normal, split_at_random
 from jax import lax
 
 import lora_jax as lora
@@ -17,10 +17,6 @@ from lora_jax.factored import Factored, Network, materialize
 from lora_jax.sites import Site
 
 NHWC = ("NHWC", "HWIO", "NHWC")
-
-
-def normal(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 def conv(x, w, strides=(1, 1), padding="SAME", numbers=NHWC, **options):
@@ -199,8 +195,7 @@ def test_lifted_equals_merged(name, rank):
 
     sites = lora.sites(model, params, x)
     assert (sites["w"].kind, sites["w"].batch_axes, sites["w"].in_axes, sites["w"].out_axes) == ("conv", *axes)
-    frozen, lora_params = lora.split(jax.random.key(0), params, {"w": lora.LoRA(rank)}, sites=sites)
-    lora_params = randomized(lora_params, 0.3)
+    frozen, lora_params = split_at_random(params, {"w": lora.LoRA(rank)}, sites=sites)
     lifted = with_gradients(lambda lp, x: lora.lift(model)(lora.attach(frozen, lp), x))
     merged = with_gradients(lambda lp, x: model(lora.merge(frozen, lp), x))
     assert error(lifted(lora_params, x), merged(lora_params, x)) < 1e-5
@@ -335,9 +330,8 @@ def test_half_precision_stays(groups):
         return conv(x, params["w"].astype(jnp.bfloat16), feature_group_count=groups)
 
     params, x = {"w": normal(3, 2, 4 // groups, 6)}, X.astype(jnp.bfloat16)
-    frozen, lora_params = lora.split(jax.random.key(0), params, {"w": lora.LoRA(2)}, sites=lora.sites(model, params, x))
+    frozen, lora_params = split_at_random(params, {"w": lora.LoRA(2)}, sites=lora.sites(model, params, x))
     step = with_gradients(lambda lp, x: lora.lift(model)(lora.attach(frozen, lp), x))
-    lora_params = randomized(lora_params, 0.3)
     products = ("conv_general_dilated", "dot_general")
     made = [eqn for eqn in equations(jax.make_jaxpr(step)(lora_params, x)) if eqn.primitive.name in products]
     assert {eqn.outvars[0].aval.dtype for eqn in made} == {jnp.dtype("bfloat16")}

@@ -10,6 +10,7 @@ import functools
 import linecache
 import re
 
+import checks
 import jax
 import jax.numpy as jnp
 import optax
@@ -22,8 +23,7 @@ import lora_jax as lora
 KEY, RANK_2 = jax.random.key(0), lora.LoRA(rank=2, alpha=4)
 
 
-def normal(*shape, seed=0):
-    return 0.5 * jax.random.normal(jax.random.key(seed), shape)
+normal = functools.partial(checks.normal, scale=0.5)
 
 
 X, W, STACK = normal(6, 8, seed=5), normal(8, 5, seed=6), normal(3, 8, 8, seed=7)

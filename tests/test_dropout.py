@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import checks
 import jax
 import jax.numpy as jnp
 import pytest
@@ -11,13 +14,12 @@ from jax import lax
 import lora_jax as lora
 
 RATE = 0.25
-X = jax.random.normal(jax.random.key(1), (5, 16))
-Q = jax.random.normal(jax.random.key(3), (16, 12))
-IMAGES = jax.random.normal(jax.random.key(2), (2, 6, 6, 4))
+X = checks.normal(5, 16, seed=1)
+Q = checks.normal(16, 12, seed=3)
+IMAGES = checks.normal(2, 6, 6, 4, seed=2)
 
 
-def normal(*shape, seed):
-    return 0.3 * jax.random.normal(jax.random.key(seed), shape)
+normal = functools.partial(checks.normal, scale=0.3)
 
 
 def conv(p, _):

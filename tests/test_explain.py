@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import pytest
-from checks import all_adaptable, flops
+from checks import all_adaptable, flops, normal
 from jax import lax
 from zoo import ZOO
 
@@ -170,7 +170,7 @@ def test_a_user_can_choose_the_order():
     def formed_first(operands, out, whole):
         return ((1, 2), (0, 1)) if len(operands) == 3 else ((0, 1),)
 
-    params = {"w": jax.random.normal(jax.random.key(0), (D, D))}
+    params = {"w": normal(D, D)}
     found, frozen, lora_params = explained(lambda p, x: x @ p["w"], params, X, strategy=formed_first)
     assert [row.use.cost.order for row in found.rows] == ["x·(A·B)"]
     lifted = lora.lift(lambda p, x: x @ p["w"], strategy=formed_first)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from checks import all_adaptable, flops
+from checks import all_adaptable, flops, normal
 from zoo import WIDE, ZOO
 
 import lora_jax as lora
@@ -22,8 +22,7 @@ TOKENS = N[0] * N[1]
 
 def chain():
     """Matrices and nothing else, whose closed form is exact; the first needs no gradient of its input."""
-    keys = jax.random.split(jax.random.key(0), LAYERS)
-    params = [jax.random.normal(key, (D, D)) * D**-0.5 for key in keys]
+    params = [normal(D, D, seed=i, scale=D**-0.5) for i in range(LAYERS)]
 
     def loss(params, x):
         for kernel in params:

@@ -7,14 +7,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from checks import all_adaptable, error, flops, formed, randomized
+from checks import all_adaptable, error, flops, formed, normal, split_at_random
 from jax import lax
 
 import lora_jax as lora
-
-
-def normal(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 def layer(x, w):
@@ -136,7 +132,10 @@ PROGRAMS = {
     ),
     "scaled_many_times": (
         lambda p, x: layer(
-            x, functools.reduce(lambda v, i: v * x[0, 0, :7] * x[0, 0][:, None] * -1.1, range(9), p["v"])
+            x,
+            functools.reduce(
+                lambda v, i: v * jnp.cos(x[0, 0, :7]) * jnp.cos(x[0, 0])[:, None] * -1.1, range(9), p["v"]
+            ),
         ),
         ONE,
     ),
@@ -188,9 +187,9 @@ PROGRAMS = {
 
 def adapted(model, params, variant):
     sites = lora.sites(model, params, X)
-    frozen, lora_params = lora.split(jax.random.key(0), params, all_adaptable(variant), sites=sites)
+    frozen, lora_params = split_at_random(params, all_adaptable(variant), sites=sites, scale=0.1)
     assert lora_params.keys() == params.keys(), sites
-    return frozen, randomized(lora_params)
+    return frozen, lora_params
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -212,7 +211,7 @@ def test_lifted_equals_merged(name):
         return model(lora.merge(frozen, lora_params), x)
 
     found, expected = (jax.jit(step(fun))(lora_params, X) for fun in (lifted, merged))
-    assert error(found, expected) < 1e-5
+    assert error(found, expected) < 3e-5
     shapes = formed(jax.make_jaxpr(step(lifted))(lora_params, X), lora_params)
     assert shapes == []
 
@@ -221,8 +220,7 @@ def test_lifted_equals_merged(name):
 def test_parts_of_several_ranks_and_scales(ranks):
     model, params = PROGRAMS["fused_unequal"]
     rules = {path: lora.LoRA(rank, alpha=5) for path, rank in zip(params, ranks, strict=True)}
-    frozen, lora_params = lora.split(jax.random.key(0), params, rules)
-    lora_params = randomized(lora_params, 0.3)
+    frozen, lora_params = split_at_random(params, rules)
     found = lora.lift(model)(lora.attach(frozen, lora_params), X)
     assert error(found, model(lora.merge(frozen, lora_params), X)) < 1e-5
 
@@ -296,8 +294,7 @@ def test_an_array_is_not_taken_for_another_that_is_gone():
             y += x @ (p["v"] + jnp.tanh(x.T @ y))
         return y
 
-    frozen, lora_params = lora.split(jax.random.key(0), ONE, {"v": lora.LoRA(2)})
-    lora_params = randomized(lora_params)
+    frozen, lora_params = split_at_random(ONE, {"v": lora.LoRA(2)}, scale=0.1)
 
     @jax.jit
     def lifted(lora_params, x, flag):

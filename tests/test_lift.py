@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import error, randomized
+from checks import error, normal, randomized
 
 import lora_jax as lora
 
 PARAMS = {
-    "up": 0.3 * jax.random.normal(jax.random.key(1), (8, 16)),
-    "down": 0.3 * jax.random.normal(jax.random.key(2), (16, 8)),
+    "up": normal(8, 16, seed=1, scale=0.3),
+    "down": normal(16, 8, seed=2, scale=0.3),
 }
-X = jax.random.normal(jax.random.key(3), (16, 8))
+X = normal(16, 8, seed=3)
 FROZEN, INITIAL = lora.split(jax.random.key(0), PARAMS, {".*": lora.LoRA(rank=2, alpha=4)})
 LORA_PARAMS = randomized(INITIAL, 0.2)
 

@@ -5,15 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import pytest
-from checks import all_adaptable, error, formed, randomized
+from checks import all_adaptable, error, formed, normal, split_at_random
 from jax import lax
 
 import lora_jax as lora
-
-
-def normal(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape)
-
 
 TABLE = normal(13, 7)
 STACK = normal(3, 11, 7, seed=1)
@@ -95,8 +90,7 @@ def test_lifted_equals_merged(name):
     sites = lora.sites(model, params)
     site = sites["w"]
     assert (site.kind, site.batch_axes, site.in_axes, site.out_axes) == expected, site.uses
-    frozen, lora_params = lora.split(jax.random.key(0), params, all_adaptable(lora.LoRA(2, alpha=4)), sites=sites)
-    lora_params = randomized(lora_params, 0.3)
+    frozen, lora_params = split_at_random(params, all_adaptable(lora.LoRA(2, alpha=4)), sites=sites)
 
     def step(fun):
         return jax.grad(lambda lp: (jnp.sum(jnp.sin(y := fun(lp))), y), has_aux=True)
@@ -112,8 +106,7 @@ def test_lifted_equals_merged(name):
 @pytest.mark.parametrize("mode", ["fill", "clip", "wrap"])
 def test_what_is_out_of_bounds_is_as_without_adapters(mode):
     ids = jnp.array([3, 40, -50, 12])
-    frozen, lora_params = lora.split(jax.random.key(0), {"w": TABLE}, {"w": lora.LoRA(2)})
-    lora_params = randomized(lora_params)
+    frozen, lora_params = split_at_random({"w": TABLE}, {"w": lora.LoRA(2)}, scale=0.1)
     found = lora.lift(lambda p: jnp.take(p["w"], ids, 0, mode=mode))(lora.attach(frozen, lora_params))
     right = jnp.take(lora.merge(frozen, lora_params)["w"], ids, 0, mode=mode)
     assert bool((jnp.isnan(found) == jnp.isnan(right)).all())

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from checks import normal
 from flax.training.train_state import TrainState
 
 import lora_jax as lora
@@ -16,10 +17,10 @@ from lora_jax.tree import nbytes
 pytestmark = pytest.mark.standard_promotion
 
 PARAMS = {
-    "up": {"kernel": jax.random.normal(jax.random.key(1), (8, 16)), "bias": jnp.zeros(16)},
-    "down": {"kernel": jax.random.normal(jax.random.key(2), (16, 8)), "bias": jnp.zeros(8)},
+    "up": {"kernel": normal(8, 16, seed=1), "bias": jnp.zeros(16)},
+    "down": {"kernel": normal(16, 8, seed=2), "bias": jnp.zeros(8)},
 }
-X = jax.random.normal(jax.random.key(3), (4, 8))
+X = normal(4, 8, seed=3)
 RULES = {".*/kernel": lora.LoRA(rank=2), "down/bias": lora.Full()}
 FROZEN, LORA_PARAMS = lora.split(jax.random.key(0), PARAMS, RULES)
 TRAINED = 4 * (2 * 2 * (8 + 16) + 8)  # bytes: A and B of two kernels, one bias

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 
+import checks
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,7 @@ import lora_jax as lora
 KEY = jax.random.key(0)
 
 
-def normal(*shape, seed=0):
-    return 0.5 * jax.random.normal(jax.random.key(seed), shape)
+normal = functools.partial(checks.normal, scale=0.5)
 
 
 def conv(x, w, *, strides, padding, layout):

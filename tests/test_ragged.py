@@ -8,18 +8,13 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
-from checks import equations, error, formed, randomized
+from checks import equations, error, formed, normal, split_at_random
 from jax import lax
 
 import lora_jax as lora
 from lora_jax.contract import Axis
 from lora_jax.factored import Factored, Network, materialize
 from lora_jax.sites import Site
-
-
-def normal(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape)
-
 
 SIZES = jnp.array([4, 0, 5])  # of ten rows: one group is empty, and one row is of none
 W = normal(3, 7, 5, seed=1)  # 3 groups, 7 in, 5 out
@@ -113,8 +108,7 @@ def test_lifted_equals_merged(name, rank):
 
     sites = lora.sites(model, params, x)
     assert (sites["w"].kind, sites["w"].batch_axes, sites["w"].in_axes, sites["w"].out_axes) == ("linear", *axes)
-    frozen, lora_params = lora.split(jax.random.key(0), params, {"w": lora.LoRA(rank)}, sites=sites)
-    lora_params = randomized(lora_params, 0.3)
+    frozen, lora_params = split_at_random(params, {"w": lora.LoRA(rank)}, sites=sites)
     lifted = with_gradients(lambda lp, x: lora.lift(model)(lora.attach(frozen, lp), x))
     merged = with_gradients(lambda lp, x: model(lora.merge(frozen, lp), x))
     assert error(lifted(lora_params, x), merged(lora_params, x)) < 1e-5
@@ -193,8 +187,7 @@ def test_half_precision_stays():
         return lax.ragged_dot(x, params["w"].astype(jnp.bfloat16), SIZES)
 
     params, x = {"w": W}, X.astype(jnp.bfloat16)
-    frozen, lora_params = lora.split(jax.random.key(0), params, {"w": lora.LoRA(2)}, sites=lora.sites(model, params, x))
-    lora_params = randomized(lora_params, 0.3)
+    frozen, lora_params = split_at_random(params, {"w": lora.LoRA(2)}, sites=lora.sites(model, params, x))
     step = with_gradients(lambda lp, x: lora.lift(model)(lora.attach(frozen, lp), x))
     products = ("ragged_dot_general", "dot_general")
     made = [eqn for eqn in equations(jax.make_jaxpr(step)(lora_params, x)) if eqn.primitive.name in products]

@@ -5,15 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import pytest
-from checks import all_adaptable, error, formed, randomized
+from checks import all_adaptable, error, formed, normal, randomized, split_at_random
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
 import lora_jax as lora
-
-
-def normal(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 def layer(x, w):
@@ -196,10 +192,7 @@ def test_lifted_equals_merged(name, rank):
 
     sites = lora.sites(model, params, x)
     assert sites["w"].adaptable, sites
-    frozen, lora_params = lora.split(
-        jax.random.key(0), params, all_adaptable(lora.LoRA(rank, alpha=2 * rank)), sites=sites
-    )
-    lora_params = randomized(lora_params, 0.3)
+    frozen, lora_params = split_at_random(params, all_adaptable(lora.LoRA(rank, alpha=2 * rank)), sites=sites)
 
     def lifted(lora_params, x):
         return lora.lift(model)(lora.attach(frozen, lora_params), x)
@@ -223,8 +216,7 @@ def test_lifted_equals_merged(name, rank):
 
 def test_a_custom_derivative_stays_its_author_s():
     """Where a weight enters a custom_jvp, its tangent is factored and goes through the author's rule."""
-    frozen, lora_params = lora.split(jax.random.key(0), {"w": W}, {"w": lora.LoRA(rank=2)})
-    lora_params = randomized(lora_params, 0.3)
+    frozen, lora_params = split_at_random({"w": W}, {"w": lora.LoRA(rank=2)})
 
     def model(params, x):
         return jnp.sin(scaled_product(params["w"], x)).sum()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import pytest
-from checks import error, formed, randomized
+from checks import error, formed, normal, split_at_random
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lora
 
 MESH = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-W = jax.random.normal(jax.random.key(1), (16, 24))
-X = jax.random.normal(jax.random.key(2), (6, 16))
+W = normal(16, 24, seed=1)
+X = normal(6, 16, seed=2)
 RING = [(0, 1), (1, 2), (2, 3), (3, 0)]
 
 
@@ -108,8 +108,7 @@ PROGRAMS = {
 def holds(model, rank):
     params = {"w": W}
     sites = lora.sites(model, params, X)
-    frozen, lora_params = lora.split(jax.random.key(0), params, {"w": lora.LoRA(rank, alpha=4)}, sites=sites)
-    lora_params = randomized(lora_params)
+    frozen, lora_params = split_at_random(params, {"w": lora.LoRA(rank, alpha=4)}, sites=sites, scale=0.1)
 
     def lifted(lora_params, x):
         return lora.lift(model)(lora.attach(frozen, lora_params), x)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import checks
 import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 Model = tuple[Callable[..., jax.Array], Any, tuple[Any, ...]]
@@ -26,7 +30,20 @@ class Sizes(NamedTuple):
     loops: bool = True
 
     def tokens(self) -> jax.Array:
-        return jax.random.randint(jax.random.key(1), self.batch, 0, self.vocab)
+        return jax.device_put(np.random.default_rng(1).integers(self.vocab, size=self.batch, dtype=np.int32))
+
+
+def drawn(shapes: Any) -> Any:
+    """Random weights of these shapes: a model's initializers, run one by one, would each be compiled."""
+    seeds = itertools.count()
+
+    def weight(path: Any, leaf: Any) -> Any:
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf  # a function, such as an activation
+        mean = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
+        return checks.normal(*leaf.shape, seed=next(seeds), scale=max(leaf.shape) ** -0.5, mean=mean)
+
+    return jax.tree_util.tree_map_with_path(weight, shapes)
 
 
 SMALL = Sizes()
@@ -42,11 +59,11 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 def by_hand(sizes: Sizes = SMALL) -> Model:
     """Plain arrays: weights on either side, (out, in), stacks read by a loop and by an index, a scaled weight."""
-    keys = iter(jax.random.split(jax.random.key(0), 20))
+    seeds = itertools.count()
     d, f, heads, vocab, layers, *_ = sizes
 
     def normal(*shape: int) -> jax.Array:
-        return jax.random.normal(next(keys), shape) * shape[-1] ** -0.5
+        return checks.normal(*shape, seed=next(seeds), scale=shape[-1] ** -0.5)
 
     params = {
         "embed": normal(vocab, d),
@@ -110,7 +127,7 @@ class _Decoder(nn.Module):
 
 def linen(sizes: Sizes = SMALL, dtype: Any = None) -> Model:
     model = _Decoder(sizes, dtype)
-    params = model.init(jax.random.key(0), sizes.tokens())
+    params = drawn(jax.eval_shape(model.init, jax.random.key(0), sizes.tokens()))
 
     def loss(params: Any, batch: jax.Array) -> jax.Array:
         return cross_entropy(model.apply(params, batch), batch)
@@ -121,7 +138,7 @@ def linen(sizes: Sizes = SMALL, dtype: Any = None) -> Model:
 def bfloat16(sizes: Sizes = SMALL) -> Model:
     """Linen with parameters and computation in bfloat16."""
     loss, params, batch = linen(sizes, jnp.bfloat16)
-    return loss, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), batch
+    return loss, jax.tree.map(lambda x: jax.device_put(np.asarray(x).astype(jnp.bfloat16)), params), batch
 
 
 class _Net(nnx.Module):
@@ -140,7 +157,8 @@ class _Net(nnx.Module):
 
 
 def nnx_model(sizes: Sizes = SMALL) -> Model:
-    graph, params = nnx.split(_Net(sizes, nnx.Rngs(0)))
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: _Net(sizes, nnx.Rngs(0))))
+    params = drawn(shapes)
 
     def loss(params: Any, batch: jax.Array) -> jax.Array:
         return cross_entropy(nnx.merge(graph, params)(batch), batch)
@@ -169,7 +187,8 @@ def equinox(sizes: Sizes = SMALL) -> Model:
     def loss(model: Any, batch: jax.Array) -> jax.Array:
         return cross_entropy(jax.vmap(jax.vmap(model))(batch), batch)
 
-    return loss, _Equinox(sizes, jax.random.key(0)), (sizes.tokens(),)
+    return loss, drawn(eqx.filter_eval_shape(_Equinox, sizes, jax.random.key(0))), (sizes.tokens(),)
 
 
-ZOO = {"by_hand": by_hand, "linen": linen, "bfloat16": bfloat16, "nnx": nnx_model, "equinox": equinox}
+MAKERS = {"by_hand": by_hand, "linen": linen, "bfloat16": bfloat16, "nnx": nnx_model, "equinox": equinox}
+ZOO = {name: functools.cache(make) for name, make in MAKERS.items()}
