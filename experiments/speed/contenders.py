@@ -3,8 +3,6 @@
 All run the same model code, adapt the same weights with the same rank and scale, start with B = 0, and use one AdamW.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -28,20 +26,21 @@ def trained(loss, trainable, frozen, tx=ADAM):
     return step, (trainable, tx.init(trainable)), frozen
 
 
-def forward(model, params, names, rank):
-    return lambda state, params, batch: (state, model(plain, params, batch)), (), params
+def forward(task, params):
+    return lambda state, params, batch: (state, task.loss(plain)(params, batch)), (), params
 
 
-def full(model, params, names, rank):
-    return trained(lambda params, _, batch: model(plain, params, batch), params, None)
+def full(task, params):
+    return trained(lambda params, _, batch: task.loss(plain)(params, batch), params, None)
 
 
-def lora_jax(model, params, names, rank):
-    rules = {rf"layers/\d+/({'|'.join(names)})/kernel": lora.LoRA(rank, alpha=SCALE * rank)}
-    frozen, lora_params = lora.split(jax.random.key(0), params, rules)
+def lora_jax(task, params):
+    rules = {rf"layers/(\d+/)?({'|'.join(task.names)})/kernel": lora.LoRA(task.rank, alpha=SCALE * task.rank)}
+    sites = lora.sites(task.loss(plain), params, task.batch)
+    frozen, lora_params = lora.split(jax.random.key(0), params, rules, sites=sites)
 
     def loss(lora_params, frozen, batch):
-        return lora.lift(functools.partial(model, plain))(lora.attach(frozen, lora_params), batch)
+        return lora.lift(task.loss(plain))(lora.attach(frozen, lora_params), batch)
 
     return trained(loss, lora_params, frozen, lora.optimizer(ADAM))
 
@@ -49,30 +48,36 @@ def lora_jax(model, params, names, rank):
 # Layers by hand, with the factors beside the kernel
 
 
-def with_factors(model, params, names, rank, dense):
+def with_factors(task, params, dense):
     keys = iter(jax.random.split(jax.random.key(0), 1000))
 
     def factors(p):
-        d, k = p["kernel"].shape
-        return {"A": jax.random.normal(next(keys), (d, rank)) / d**0.5, "B": jnp.zeros((rank, k))}
+        *stack, d, k = p["kernel"].shape
+        a = jax.random.normal(next(keys), (*stack, d, task.rank)) / d**0.5
+        return {"A": a, "B": jnp.zeros((*stack, task.rank, k))}
 
-    trainable = [{name: factors(layer[name]) for name in names} for layer in params["layers"]]
+    def joined(layer, own):
+        return layer | {name: layer[name] | own[name] for name in task.names}
 
     def loss(trainable, frozen, batch):
-        layers = [
-            layer | {name: layer[name] | own[name] for name in names}
-            for layer, own in zip(frozen["layers"], trainable, strict=True)
-        ]
-        return model(dense, frozen | {"layers": layers}, batch)
+        layers = frozen["layers"]
+        if isinstance(layers, list):
+            layers = [joined(*pair) for pair in zip(layers, trainable, strict=True)]
+        else:
+            layers = joined(layers, trainable)
+        return task.loss(dense)(frozen | {"layers": layers}, batch)
 
-    return trained(loss, trainable, params)
+    layers = params["layers"]
+    stacks = layers if isinstance(layers, list) else [layers]
+    trainable = [{name: factors(layer[name]) for name in task.names} for layer in stacks]
+    return trained(loss, trainable if isinstance(layers, list) else trainable[0], params)
 
 
 def plus_bias(p, y):
     return y + p["bias"] if "bias" in p else y
 
 
-def formed(model, params, names, rank):
+def formed(task, params):
     """W + A·B is formed at every step."""
 
     def dense(p, x):
@@ -80,10 +85,10 @@ def formed(model, params, names, rank):
             return plain(p, x)
         return plus_bias(p, x @ (p["kernel"] + SCALE * (p["A"] @ p["B"]).astype(x.dtype)))
 
-    return with_factors(model, params, names, rank, dense)
+    return with_factors(task, params, dense)
 
 
-def naive(model, params, names, rank):
+def naive(task, params):
     """x·W + (x·A)·B as it is mostly written, with activations of three dimensions."""
 
     def dense(p, x):
@@ -92,7 +97,7 @@ def naive(model, params, names, rank):
         a, b = p["A"].astype(x.dtype), p["B"].astype(x.dtype)
         return plus_bias(p, x @ p["kernel"] + SCALE * ((x @ a) @ b))
 
-    return with_factors(model, params, names, rank, dense)
+    return with_factors(task, params, dense)
 
 
 @jax.custom_vjp
@@ -114,7 +119,7 @@ def product_bwd(saved, dy):
 product.defvjp(product_fwd, product_bwd)
 
 
-def by_hand(model, params, names, rank):
+def by_hand(task, params):
     """A layer written by hand: flattened activations and its own derivative, dA as (Uᵀ·X)ᵀ. The bound."""
 
     def dense(p, x):
@@ -124,7 +129,7 @@ def by_hand(model, params, names, rank):
         y = product(x.reshape(-1, x.shape[-1]), p["kernel"], a, b)
         return plus_bias(p, y.reshape(*x.shape[:-1], -1))
 
-    return with_factors(model, params, names, rank, dense)
+    return with_factors(task, params, dense)
 
 
 CONTENDERS = {

@@ -5,6 +5,7 @@ Layers are unrolled, weights are random, and the shapes are those of the models 
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,21 +86,30 @@ class Transformer:
         width = 3 * self.patch**2 if self.patch else self.width
         return jnp.asarray(rng.standard_normal((*shape, width), np.float32), self.dtype)
 
-    def __call__(self, dense, params, batch):
-        """The loss."""
-        x = params["embed"][batch] if self.vocab else batch
-        x = x @ params["patches"] if self.patch else x
-        x = x + params["positions"] if "positions" in params else x
-        for p in params["layers"]:
-            x = self.layer(dense, p, x)
-        x = self.normalized(params["norm"], x)
-        if not self.causal:
-            return jnp.mean(jax.nn.softplus(x.mean(1) @ params["head"]).astype(jnp.float32))
-        if not self.vocab:
-            return jnp.mean(jnp.square(x.astype(jnp.float32)))
-        logits = (x @ params["embed"].T)[:, :-1].astype(jnp.float32)
-        right = jnp.take_along_axis(logits, batch[:, 1:, None], -1)[..., 0]
-        return jnp.mean(jax.nn.logsumexp(logits, -1) - right)
+    def loss(self, dense, kept=lambda layer: layer, next_token=None):
+        """The loss of (params, batch), with `kept` around each layer and `next_token` for the logits' part of it.
+
+        Where the layers' weights are stacked, a scan runs over them.
+        """
+
+        def loss(params, batch):
+            x = params["embed"][batch] if self.vocab else batch
+            x = x @ params["patches"] if self.patch else x
+            x = x + params["positions"] if "positions" in params else x
+            layer = kept(lambda x, p: (self.layer(dense, p, x), None))
+            if isinstance(params["layers"], list):
+                for p in params["layers"]:
+                    x, _ = layer(x, p)
+            else:
+                x, _ = jax.lax.scan(layer, x, params["layers"])
+            x = self.normalized(params["norm"], x)
+            if not self.causal:
+                return jnp.mean(jax.nn.softplus(x.mean(1) @ params["head"]).astype(jnp.float32))
+            if not self.vocab:
+                return jnp.mean(jnp.square(x.astype(jnp.float32)))
+            return (next_token or whole)(x[:, :-1], params["embed"].T, batch[:, 1:])
+
+        return loss
 
     def layer(self, dense, p, x):
         """One block: attention and MLP, each on normalized input."""
@@ -107,10 +117,20 @@ class Transformer:
         q, k, v = (dense(p[name], h).reshape(*x.shape[:2], -1, self.width // self.heads) for name in "qkv")
         if self.gated:
             q, k = rotated(q), rotated(k)
-        x = x + dense(p["o"], jax.nn.dot_product_attention(q, k, v, is_causal=self.causal).reshape(x.shape))
+        x = x + dense(p["o"], self.attention(q, k, v).reshape(x.shape))
         h = self.normalized(p["norm2"], x)
         act = jax.nn.silu(dense(p["gate"], h)) * dense(p["up"], h) if self.gated else jax.nn.gelu(dense(p["up"], h))
         return x + dense(p["down"], act)
+
+    def attention(self, q, k, v):
+        """Softmax attention, (batch, length, heads, size) each; cuDNN's on a GPU."""
+        if jax.default_backend() == "gpu":
+            return jax.nn.dot_product_attention(q, k, v, is_causal=self.causal, implementation="cudnn")
+        k, v = (jnp.repeat(x, self.heads // self.kv_heads, 2) for x in (k, v))
+        scores = jnp.einsum("bthd,bshd->bhts", q * q.shape[-1] ** -0.5, k)
+        if self.causal:
+            scores = scores + jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), 0.0, -1e9).astype(scores.dtype)
+        return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores, -1), v)
 
     def normalized(self, p, x):
         """Layer norm, or RMS norm."""
@@ -118,6 +138,13 @@ class Transformer:
         wide = wide if self.gated else wide - wide.mean(-1, keepdims=True)
         y = (wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + 1e-5)).astype(x.dtype) * p["scale"]
         return y if self.gated else y + p["bias"]
+
+
+def whole(x, head, labels):
+    """The cross-entropy, of all logits at once."""
+    logits = (x @ head).astype(jnp.float32)
+    right = jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
+    return jnp.mean(jax.nn.logsumexp(logits, -1) - right)
 
 
 def rotated(x):
@@ -145,13 +172,25 @@ def plain(p, x):
     return y + p["bias"] if "bias" in p else y
 
 
-def targets_of(model, targets):
-    """The names of the weights that are adapted, and the rank."""
-    names, rank = TARGETS[targets]
-    return names or model.linear, rank
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a contender trains.
 
+    Attributes:
+      model: A model.
+      batch: Its data.
+      names: The weights of each layer that are adapted.
+      rank: The rank.
+      loss: From `dense` to the loss of (params, batch).
+    """
 
-@functools.cache
-def sized(name, **sizes):
-    """A model with other sizes."""
-    return dataclasses.replace(MODELS[name], **sizes)
+    model: Transformer
+    batch: jax.Array
+    names: tuple[str, ...]
+    rank: int
+    loss: Any
+
+    @classmethod
+    def of(cls, model, targets, **recipes):
+        names, rank = TARGETS[targets]
+        return cls(model, model.data(), names or model.linear, rank, functools.partial(model.loss, **recipes))

@@ -1,25 +1,24 @@
-"""Other libraries' LoRA for the same model code: each linear layer is a module of theirs, or their function's weight."""
-
+"""Other libraries' LoRA for the same model code: each linear layer is a module of theirs, or a weight to them."""
 
 from contenders import SCALE, trained
 from models import plain
 
 
-def _modules(nnx, model, params, dense):
+def _modules(nnx, task, params, dense):
     """A module with one submodule for each linear layer, called as the model code calls its weights."""
 
     class Adapted(nnx.Module):
         def __init__(self):
             for i, layer in enumerate(params["layers"]):
-                for name in model.linear:
+                for name in task.model.linear:
                     setattr(self, f"layer{i}_{name}", dense(name, layer[name]))
 
         def __call__(self, rest, batch):
             layers = [
-                layer | {name: getattr(self, f"layer{i}_{name}") for name in model.linear}
+                layer | {name: getattr(self, f"layer{i}_{name}") for name in task.model.linear}
                 for i, layer in enumerate(rest["layers"])
             ]
-            return model(lambda module, x: module(x), rest | {"layers": layers}, batch)
+            return task.loss(lambda module, x: module(x))(rest | {"layers": layers}, batch)
 
     return Adapted()
 
@@ -33,10 +32,12 @@ def _linear(nnx, p):
     return layer
 
 
-def _trained(nnx, module, params, names_of_linear):
-    rest = params | {
-        "layers": [{n: x for n, x in layer.items() if n not in names_of_linear} for layer in params["layers"]]
-    }
+def _rest(task, params):
+    layers = [{name: x for name, x in layer.items() if name not in task.model.linear} for layer in params["layers"]]
+    return params | {"layers": layers}
+
+
+def _trained(nnx, module, rest):
     graph, trainable, frozen = nnx.split(module, nnx.LoRAParam, ...)
 
     def loss(trainable, frozen, batch):
@@ -45,40 +46,39 @@ def _trained(nnx, module, params, names_of_linear):
     return trained(loss, trainable, (frozen, rest))
 
 
-def nnx_lora(model, params, names, rank):
+def nnx_lora(task, params):
     """flax.nnx.LoRA around nnx.Linear. It has no alpha: the scale is 1."""
     from flax import nnx
 
     def dense(name, p):
         layer = _linear(nnx, p)
         d, k = p["kernel"].shape
-        return nnx.LoRA(d, rank, k, base_module=layer, rngs=nnx.Rngs(0)) if name in names else layer
+        return nnx.LoRA(d, task.rank, k, base_module=layer, rngs=nnx.Rngs(0)) if name in task.names else layer
 
-    return _trained(nnx, _modules(nnx, model, params, dense), params, model.linear)
+    return _trained(nnx, _modules(nnx, task, params, dense), _rest(task, params))
 
 
-def qwix_lora(model, params, names, rank):
+def qwix_lora(task, params):
     """qwix.apply_lora_to_model over nnx.Linear."""
     import qwix
     from flax import nnx
 
-    module = _modules(nnx, model, params, lambda _, p: _linear(nnx, p))
-    rest = params | {"layers": [{n: x for n, x in p.items() if n not in model.linear} for p in params["layers"]]}
-    provider = qwix.LoraProvider(module_path=rf".*_({'|'.join(names)})", rank=rank, alpha=SCALE * rank)
-    adapted = qwix.apply_lora_to_model(module, provider, rest, model.data(), rngs=nnx.Rngs(0))
-    return _trained(nnx, adapted, params, model.linear)
+    module, rest = _modules(nnx, task, params, lambda _, p: _linear(nnx, p)), _rest(task, params)
+    provider = qwix.LoraProvider(module_path=rf".*_({'|'.join(task.names)})", rank=task.rank, alpha=SCALE * task.rank)
+    return _trained(nnx, qwix.apply_lora_to_model(module, provider, rest, task.batch, rngs=nnx.Rngs(0)), rest)
 
 
-def mlorax_lora(model, params, names, rank):
+def mlorax_lora(task, params):
     """mlorax.lora_init over the function of the weights."""
     from mlorax import LoRASpec, lora_init
 
     as_dicts = params | {"layers": {str(i): layer for i, layer in enumerate(params["layers"])}}
 
     def apply(params, batch):
-        return model(plain, params | {"layers": list(params["layers"].values())}, batch)
+        return task.loss(plain)(params | {"layers": list(params["layers"].values())}, batch)
 
-    spec = LoRASpec(rank=rank, rules=[f".{name}.kernel" for name in names], alpha=SCALE * rank, logger_level="ERROR")
+    rules = [f".{name}.kernel" for name in task.names]
+    spec = LoRASpec(rank=task.rank, rules=rules, alpha=SCALE * task.rank, logger_level="ERROR")
     trainable, _, _ = lora_init(spec, None, params=as_dicts, apply_fn=apply)
 
     def loss(trainable, frozen, batch):
