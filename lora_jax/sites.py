@@ -85,7 +85,7 @@ class Sites(dict[str, Site]):
 def _line(path: str, site: Site) -> tuple[str, ...]:
     sides = (",".join(map(str, axes)) for axes in (site.batch_axes, site.in_axes, site.out_axes))
     times = sum(use.times for use in site.uses)
-    where = next((use.where for use in site.uses if use.kind == site.kind), "")
+    where = next((use.where for use in (*(u for u in site.uses if u.kind == site.kind), *site.uses)), "")
     return (path, dimensions(site.shape), site.kind, *sides, str(times), where)
 
 
