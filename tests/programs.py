@@ -404,7 +404,7 @@ def pad(write, w):
     return f"jnp.pad({w}, {around})", replaced(w, d, w.shape[d] + sum(around[d]))
 
 
-@move(lambda w: normed(w) and not w.traits & {"tilted", *SPECIAL})
+@move(lambda w: normed(w) and not w.traits & {"tilted", "vmapped", *SPECIAL})
 def norm(write, w):
     """Weight normalization or standardization: along all dimensions but one."""
     axes = write.pick(normed(w))
@@ -414,7 +414,7 @@ def norm(write, w):
         "{w} * lax.rsqrt(1.0 + ({w} ** 2).mean({axes}, keepdims=True))",
         "{w} - {w}.mean({axes}, keepdims=True)",
     ]
-    form = write.pick(forms[: 3 if "vmapped" in w.traits else 4])
+    form = write.pick(forms)
     return form.format(w=w, axes=axes), w.dims, "scaled", "driven", "shifted"
 
 
@@ -874,7 +874,7 @@ def transforms(draw, body, moves):
     unfit |= {"vmap_data", "vmap_adapters"} if "ragged" in body else set()
     inside = {*unfit, "vmap_adapters"}
     branches, scaled = re.search("lax.(cond|switch)", body), {"norm", "number", "vector", "total"} & moves
-    inside |= {"grad"} if "barrier((h" in body or (branches and scaled) else set()
+    inside |= {"grad"} if re.search(r"barrier\(\(h|cos\(h\)", body) or (branches and scaled) else set()
     inside |= {"vmap_data"} if branches or re.search("dynamic_slice|where|select_n|keepdims", body) else set()
     under = some(inside)
     if "cond" in under:

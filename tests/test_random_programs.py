@@ -162,6 +162,14 @@ ONCE_FAILED = {
         leaves={"w0": (3, 5)},
         inputs={"v0": ()},
     ),
+    "a derivative of its author's, of a product": Program(
+        """
+        def program(w0, x0):
+            return own_derivative(lambda h, w0: readout(jax.nn.silu((h * x0) @ w0)))(jnp.ones(()), w0)
+        """,
+        leaves={"w0": (5, 4)},
+        inputs={"x0": (11, 5)},
+    ),
     "a norm of each layer": Program(
         """
         def program(w0, x0):
@@ -201,10 +209,10 @@ def examine(program: Program) -> float:
     with jax.enable_x64(True):
         lora_params, inputs, lifted, merged = prepared(program, program.rank)
         step = (lambda f: f) if "while_loop" in program.source else (lambda f: jax.value_and_grad(f, (0, 1)))
-        made = unlawful(step(lifted), lora_params, inputs)
+        made = unlawful(program, step(lifted), lora_params, inputs)
         for rank in (1, 2, 3) if made else ():  # large by chance? Not at all ranks and batch sizes
             others, wider, again, _ = prepared(program, rank, 17)
-            made &= unlawful(step(again), others, wider)
+            made &= unlawful(program, step(again), others, wider)
         assert not made, f"law 3: {made}"
         for name in program.over:
             lifted, merged = TRANSFORMS[name](lifted), TRANSFORMS[name](merged)
@@ -259,19 +267,23 @@ def distance(found: Any, expected: Any) -> float:
     return float(error) if np.isfinite(error) else np.inf
 
 
-def unlawful(step: Any, lora_params: Any, inputs: Any) -> set[str]:
-    """The equations that make an array as large as a weight out of factors; neither vectors nor gradients of inputs.
+def unlawful(program: Program, step: Any, lora_params: Any, inputs: Any) -> set[str]:
+    """The equations that make an array as large as a weight out of factors.
 
-    What nothing reads is left out, such as the rest of a weight that was cut in two.
+    Vectors are none, nor what is as large as an input or a constant of the program, such as the gradient of a scale.
+    What nothing reads is left out: the rest of a weight that was cut in two. And a sum over the rank, or over examples,
+    is a product: where none is among the equations, they make a scale of two vectors, say, which is as large by chance.
     """
-    gradients = {x.size for x in inputs.values()}
+    given = {x.size for x in inputs.values()} | {int(n) for n in re.findall(r"arange\((\d+)\.0\)", program.source)}
 
     def is_weight(text: str) -> bool:
         sizes = [int(n) for n in re.findall(r"\d+(?=[,)])", text) if n != "1"]
-        return len(sizes) > 1 and math.prod(sizes) not in gradients
+        return len(sizes) > 1 and math.prod(sizes) not in given
 
     jaxpr = jax.make_jaxpr(step)(lora_params, inputs)
-    return set(filter(is_weight, formed(compat.with_results(jaxpr, [True] * len(jaxpr.out_avals)), lora_params)))
+    read = compat.with_results(jaxpr, [True] * len(jaxpr.out_avals))
+    found = set(filter(is_weight, formed(read, lora_params)))
+    return found if any(re.match("dot_general|conv|ragged", text) for text in found) else set()
 
 
 # A jaxpr in NumPy

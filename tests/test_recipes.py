@@ -155,7 +155,7 @@ def test_an_adapted_block_under_save_products_makes_no_product_twice():
         name: jax.jit(step(policy)).lower(lora_params).compile().memory_analysis().temp_size_in_bytes
         for name, policy in policies.items()
     }
-    assert cost["products"] <= 1.01 * cost["kept"] < 1.2 * cost["kept"] < cost["recomputed"]
+    assert cost["products"] <= 1.02 * cost["kept"] < 1.2 * cost["kept"] < cost["recomputed"]
     assert held["recomputed"] < held["products"] < held["kept"]
     results = [step(policy)(lora_params) for policy in policies.values()]
     assert max(error(found, results[0]) for found in results[1:]) < 1e-5

@@ -52,15 +52,17 @@ class Transformer:
         """The names of a layer's weights."""
         return (*ATTENTION, "gate", "up", "down") if self.gated else (*ATTENTION, "up", "down")
 
-    def params(self):
-        """Random weights, on the device."""
+    def params(self, normal=None):
+        """Weights, by default random and on the device; or as `normal`, of a shape, makes the large ones."""
         rng, d = np.random.default_rng(0), self.width
         inner = d // self.heads * self.kv_heads
         shapes = {"q": (d, d), "k": (d, inner), "v": (d, inner), "o": (d, d)}
         shapes |= {"gate": (d, self.hidden), "up": (d, self.hidden), "down": (self.hidden, d)}
 
-        def normal(*shape):
+        def drawn(*shape):
             return jnp.asarray(0.02 * rng.standard_normal(shape, np.float32), self.dtype)
+
+        normal = normal or drawn
 
         def dense(shape):
             return {"kernel": normal(*shape)} | ({} if self.gated else {"bias": jnp.zeros(shape[1], self.dtype)})

@@ -92,6 +92,9 @@ def reduce_sum(interpreter: Interpreter, eqn: Any, weight: Factored) -> Any:
     small = len(left) <= 1 or any(left.issubset(axes) for delta in value.deltas for axes in delta.axes)
     if weight.whole.isdisjoint(summed) or not (small or weight.is_product):
         return dataclasses.replace(value, base=value.base and joint.dense(joint.base_of(value), dims))
+    axes = [tuple(a for a in term.axes) for term in value.terms]
+    if any(len(a) > 1 and not WITHOUT_LEAD(tuple(a), frozenset(value.axes), weight.whole) for a in axes):
+        return NotImplemented
     interpreter.record(weight, eqn, "sum")
     terms = [contract(t.at(out.dtype), value.axes, whole=weight.whole, order=WITHOUT_LEAD) for t in value.terms]
     return reshaped(functools.reduce(jnp.add, terms, jnp.zeros((), out.dtype)), out.shape)
