@@ -12,9 +12,9 @@ def save_products(primitive: Any, *operands: Any, **params: Any) -> bool:
     """A policy for `jax.checkpoint`: x·W and x·A are kept; (x·A)·B, attention and element-wise arithmetic are repeated.
 
     What an adapter needs of its block is its input, which is element-wise work on products kept anyway, and x·A, of
-    rank columns. So the backward pass repeats next to no FLOPs, where `jax.checkpoint` without a policy repeats the forward
-    pass; and what is kept of an adapted layer is no more than of one that is not, but for x·A. Logits of a vocabulary
-    much wider than the model are not kept either.
+    rank columns. So the backward pass repeats next to no FLOPs, where `jax.checkpoint` without a policy repeats the
+    forward pass; and what is kept of an adapted layer is no more than of one that is not, but for x·A. Logits of a
+    vocabulary much wider than the model are not kept either.
 
     Args:
       primitive: What makes the array in question.
