@@ -249,12 +249,28 @@ def test_a_fused_weight_costs_what_its_parts_cost(widths):
         (lambda p, x: x @ (p["v"] * p["w"]), "dot_general"),  # W∘AB has no cheap product with x
         (lambda p, x: x @ jnp.where(U > 0, p["v"], p["w"]), "select_n"),  # a mask of single weights
         (lambda p, x: x @ lax.cond(x.sum() > 0, lambda: p["v"], lambda: jnp.exp(p["w"])), "exp"),
+        # The derivative of a scale is the sum of W∘G, for a G as large as W.
+        (lambda p, x: jax.grad(lambda s: jnp.sin(x @ (s * (p["v"] + p["w"]))).sum())(2.0), "mul"),
     ],
 )
 def test_what_cannot_be_kept_apart_is_an_error(model, primitive):
     assert not any(site.adaptable for site in lora.sites(model, TWO, X).values())
     frozen, lora_params = lora.split(jax.random.key(0), TWO, {".": lora.LoRA(2)})
     with pytest.raises(lora.MaterializeError, match=rf"'[vw]'.*reaches '{primitive}' at test_joining.py:\d+"):
+        lora.lift(model)(lora.attach(frozen, lora_params), X)
+
+
+def test_a_norm_over_layers_leaves_a_matrix_that_has_to_be_formed():
+    """Of each entry of a layer, over all layers: as large as a layer, and no sum of few products."""
+
+    def model(p, x):
+        return jnp.einsum("lti,lio->lto", x, p["v"] / jnp.sqrt(jnp.square(p["v"]).sum(0)))
+
+    params = {"v": STACKS["v"][:2]}
+    assert lora.sites(model, params, X)["v"].kind == "other"
+    rules = {"v": lora.LoRA(2).at(batch_axes=0, in_axes=1, out_axes=2)}
+    frozen, lora_params = lora.split(jax.random.key(0), params, rules)
+    with pytest.raises(lora.MaterializeError, match=r"'v' \(2, 11, 7\) reaches 'reduce_sum'"):
         lora.lift(model)(lora.attach(frozen, lora_params), X)
 
 
