@@ -93,10 +93,21 @@ def main():
         ratios = [own / full for own, full in zip(times[name], times["full fine-tuning"], strict=True)]
         low, middle, high = (round(x, 4) for x in statistics.quantiles(ratios, n=4))
         step_s = round(statistics.median(times[name]), 4)
-        rows[name] = {"trained": trained, "step_s": step_s, "ratio": middle, "quartiles": [low, high], "loss": losses[name]}
+        rows[name] = {
+            "trained": trained,
+            "step_s": step_s,
+            "ratio": middle,
+            "quartiles": [low, high],
+            "loss": losses[name],
+        }
         print(f"{name:18} {step_s:.3f} s  × {middle:.3f} ({low:.3f} to {high:.3f})  loss {losses[name]:.4f}")
     environment = f"Python {platform.python_version()}, PyTorch {torch.__version__}, PEFT {peft.__version__}"
-    FILE.write_text(json.dumps({"environment": f"{environment}, {os.cpu_count()} CPU cores", "steps": steps, "rows": rows}, indent=1) + "\n")
+    FILE.write_text(
+        json.dumps(
+            {"environment": f"{environment}, {os.cpu_count()} CPU cores", "steps": steps, "rows": rows}, indent=1
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":
