@@ -8,13 +8,14 @@ from lora_jax.factored import Factored, FactoredError, Network, materialize
 from lora_jax.formats.native import load, save
 from lora_jax.interpreter import Interpreter, MaterializeError, rule
 from lora_jax.lift import UnusedError, lift
-from lora_jax.optim import optimizer
+from lora_jax.optim import fa_gradients, lora_plus, optimizer
 from lora_jax.sites import Site, Sites, sites
 from lora_jax.summary import Summary, summary
 from lora_jax.uses import Use
-from lora_jax.variants import IA3, DoRA, Full, LoHa, LoKr, LoRA, Variant, VeRA
+from lora_jax.variants import IA3, AdaLoRA, DoRA, Full, LoHa, LoKr, LoRA, LoRAFA, LoRAXS, Variant, VeRA
 
 __all__ = [
+    "AdaLoRA",
     "Adapter",
     "Cost",
     "DoRA",
@@ -28,6 +29,8 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "LoRAFA",
+    "LoRAXS",
     "MaterializeError",
     "Network",
     "Site",
@@ -40,8 +43,10 @@ __all__ = [
     "attach",
     "dropout",
     "explain",
+    "fa_gradients",
     "lift",
     "load",
+    "lora_plus",
     "materialize",
     "merge",
     "optimizer",
