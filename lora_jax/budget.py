@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters import Adapter, LoraParams
+from lora_jax.factors import Adapter, LoraParams
 from lora_jax.variants.adalora import AdaLoRA
 
 

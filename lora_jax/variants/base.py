@@ -93,7 +93,7 @@ class Variant(abc.ABC):
 
     def undo(self, merged: Factored, factors: Factors, site: Site) -> Factored:
         """What `unmerge` puts at the leaf, from what `merge` made of it: merged - ΔW."""
-        value = self.apply(merged, factors, site)
+        value: Any = self.apply(merged, factors, site)
         deltas = tuple(dataclasses.replace(delta, scale=-delta.scale) for delta in value.deltas)
         return dataclasses.replace(value, deltas=deltas)
 

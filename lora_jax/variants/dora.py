@@ -29,7 +29,7 @@ class DoRA(LoRA):
     A column that is zero counts as of length 1, so it trains, where m / ‖V‖ would be 0 / 0.
 
     Beyond LoRA's 4ndk + 6nr(d + k), a training step of n inputs costs 2drk + 2dk + 2dr² + 2kr² FLOPs for the norm and
-    3nk for the scaling, at a kernel (d, k).
+    4nk for the scaling, at a kernel (d, k).
 
     Args:
       rank: As in `LoRA`.

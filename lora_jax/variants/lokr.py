@@ -28,8 +28,8 @@ class LoKr(Variant):
     larger of d1 and k1. All of them have the weight's batch axes too. A side of several axes, such as heads and their
     size, is split between two of them or inside one, so not always as near to the square root as its product could be.
 
-    A training step of n inputs costs 4ndk + 6nr(d + k) + 6nr·d1·k1 FLOPs at most at a kernel (d, k), of which 4ndk are
-    the base's: 4ndk + 6n·d1·k2·(d2 + k1) with `AB`, if d1·k2 ≤ d2·k1.
+    A training step of n inputs costs 4ndk + 6nr(d + k + d1·k1) FLOPs at a kernel (d, k), of which 4ndk are the base's,
+    and with `AB` the smaller of 4ndk + 6n·d1·k2·(d2 + k1) and 4ndk + 6n·d2·k1·(d1 + k2).
 
     Args:
       rank: The number of columns of A.
