@@ -97,7 +97,7 @@ class Network:
         return (self.dropout(x, apart) if self.dropout else x), (*apart, *axes)
 
     def at(self, dtype: Any = None) -> list[tuple[jax.Array, Axes]]:
-        """The operands with their axes, the scale folded in, in the dtype they are to be multiplied in, if it is given."""
+        """The operands with their axes, the scale folded in, in a dtype if one is given."""
         operands = list(self.operands)
         if self.scale != 1.0:
             small = min(range(len(operands)), key=lambda i: operands[i].size)

@@ -37,7 +37,7 @@ VARIANTS = {
 FLOAT32 = [name for name in ZOO if name != "bfloat16"]
 # Every model with one variant, every variant with the model that uses its weights in most ways, and those of other
 # forms with one that scans over them.
-OTHERS = ("DoRA", "IA3", "VeRA", "LoHa", "LoKr")
+OTHERS = ("DoRA", "IA3", "VeRA", "LoHa", "LoKr", "AdaLoRA", "LoRAFA", "LoRAXS")
 CASES = [(model, "LoRA") for model in ZOO] + [("by_hand", variant) for variant in VARIANTS if variant != "LoRA"]
 CASES += [("linen", variant) for variant in OTHERS]
 

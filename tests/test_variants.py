@@ -221,6 +221,52 @@ def test_convolutions_and_experts(name):
     assert formed(jax.make_jaxpr(step)(lora_params), lora_params) == []
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_many_adapters_at_once(name):
+    """Under vmap over adapters, as a bank has them, and under checkpoint."""
+    frozen, first = split(VARIANTS[name])
+    both = jax.tree.map(lambda *xs: jnp.stack(xs), first, randomized(first, 0.5, seed=1))
+    x = normal(3, 6, seed=4)
+
+    @jax.checkpoint
+    def loss(lora_params):
+        return jnp.sum(jnp.tanh(lora.lift(lambda params: x @ params["w"])(lora.attach(frozen, lora_params))))
+
+    step = jax.value_and_grad(loss)
+    value, grads = jax.vmap(step)(both)
+    assert error((value[0], jax.tree.map(lambda g: g[0], grads)), step(first)) < 1e-5
+
+
+@pytest.mark.standard_promotion
+def test_scales_and_learning_rates_trade_places():
+    """Adam's is the same with alpha / pq, p times A, and learning rates p and q times: LoRA Without Regret, 2025."""
+    x, y = normal(16, 6, seed=3), normal(16, 8, seed=4)
+
+    def losses(p, q):
+        variant = lora.LoRA(rank=2, alpha=8 / (p * q))
+        frozen, lora_params = lora.split(jax.random.key(0), {"w": W}, {"w": variant})
+        lora_params["w"].factors["A"] *= p
+        tx = lora.optimizer({"A": optax.adam(0.02 * p, eps=1e-30), "B": optax.adam(0.02 * q, eps=1e-30)})
+        lifted = lora.lift(lambda params: jnp.mean((x @ params["w"] - y) ** 2))
+
+        @jax.jit
+        def step(lora_params, state):
+            value, grads = jax.value_and_grad(lambda lp: lifted(lora.attach(frozen, lp)))(lora_params)
+            updates, state = tx.update(grads, state)
+            return optax.apply_updates(lora_params, updates), state, value
+
+        state, found = tx.init(lora_params), []
+        for _ in range(20):
+            lora_params, state, value = step(lora_params, state)
+            found.append(float(value))
+        return found
+
+    expected = losses(1, 1)
+    assert expected[-1] < 0.7 * expected[0]
+    np.testing.assert_allclose(losses(4, 0.5), expected, rtol=1e-6)
+    np.testing.assert_allclose(losses(3, 7), expected, rtol=1e-4)
+
+
 def test_a_variant_says_what_it_does_not_adapt():
     *_, params, _, sites = convolved()
     with pytest.raises(ValueError, match="'kernel' is of kind 'conv', and LoKr adapts leaves of kind linear alone"):
