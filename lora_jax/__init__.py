@@ -1,29 +1,38 @@
 """LoRA for any JAX function over any pytree: the public names, and nothing else."""
 
 from lora_jax import rules as _rules  # noqa: F401  (imported for its effect: each rule registers itself with the interpreter)
-from lora_jax.adapters import Adapter, attach, dropout, merge, split, unmerge
-from lora_jax.contract import Cost
+from lora_jax.adapters import attach, dropout, merge, split, unmerge
+from lora_jax.contract import Axis, Cost
 from lora_jax.explain import Explained, Explanation, explain
 from lora_jax.factored import Factored, FactoredError, Network, materialize
+from lora_jax.factors import Adapter, shared
 from lora_jax.formats.native import load, save
 from lora_jax.interpreter import Interpreter, MaterializeError, rule
 from lora_jax.lift import UnusedError, lift
-from lora_jax.optim import optimizer
+from lora_jax.optim import fa_gradients, lora_plus, optimizer
 from lora_jax.sites import Site, Sites, sites
 from lora_jax.summary import Summary, summary
 from lora_jax.uses import Use
-from lora_jax.variants import Full, LoRA, Variant
+from lora_jax.variants import IA3, AdaLoRA, DoRA, Full, LoHa, LoKr, LoRA, LoRAFA, LoRAXS, Variant, VeRA
 
 __all__ = [
+    "AdaLoRA",
     "Adapter",
+    "Axis",
     "Cost",
+    "DoRA",
     "Explained",
     "Explanation",
     "Factored",
     "FactoredError",
     "Full",
+    "IA3",
     "Interpreter",
+    "LoHa",
+    "LoKr",
     "LoRA",
+    "LoRAFA",
+    "LoRAXS",
     "MaterializeError",
     "Network",
     "Site",
@@ -32,16 +41,20 @@ __all__ = [
     "UnusedError",
     "Use",
     "Variant",
+    "VeRA",
     "attach",
     "dropout",
     "explain",
+    "fa_gradients",
     "lift",
     "load",
+    "lora_plus",
     "materialize",
     "merge",
     "optimizer",
     "rule",
     "save",
+    "shared",
     "sites",
     "split",
     "summary",

@@ -3,45 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 from collections.abc import Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
+from jax import lax
 
 from lora_jax import tree
 from lora_jax.choice import Rules, choose
 from lora_jax.factored import Dropout, Factored, is_factored, materialize
+from lora_jax.factors import Adapter, LoraParams, key_of, pools, together
 from lora_jax.sites import Site
-from lora_jax.variants.base import Variant
-
-LoraParams = dict[str, "Adapter"]
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["factors", "keys"], meta_fields=["variant", "site"])
-@dataclasses.dataclass(frozen=True, eq=False)
-class Adapter:
-    """What trains at one leaf: named factors, with the variant and the leaf's axes as static metadata.
-
-    Attributes:
-      factors: Arrays by name; of LoRA, "A" and "B".
-      variant: How ΔW is made of them.
-      site: The leaf's shape, kind and axes.
-      keys: What `dropout` draws masks with, one PRNG key for each entry along the batch axes; None without it.
-    """
-
-    factors: dict[str, Any]
-    variant: Variant
-    site: Site
-    keys: Any = None
-
-
-def is_adapter(node: Any) -> TypeGuard[Adapter]:
-    """Whether a node of a tree is an Adapter; made for `is_leaf=`."""
-    return isinstance(node, Adapter)
+from lora_jax.variants.base import FROZEN, SHARED
 
 
 def split(
@@ -77,10 +52,11 @@ def split(
     frozen, lora_params = dict(leaves), LoraParams()
     for path, (variant, site) in choose(rules, arrays, sites).items():
         try:
-            frozen[path], factors = variant.initial(_key_of(key, path), arrays[path], site)
+            frozen[path], factors = variant.initial(key_of(key, path), arrays[path], site)
         except ValueError as error:
             raise ValueError(f"{path!r} {site.shape} as {variant}: {error}") from error
         lora_params[path] = Adapter(factors, variant, site)
+    lora_params |= pools(key, leaves, lora_params)
     if not lora_params:
         raise ValueError("the rules adapt no leaf, so nothing would train: give one of the paths a variant")
     return tree.unflatten(treedef, frozen), lora_params
@@ -89,7 +65,8 @@ def split(
 def attach(frozen: Any, lora_params: Mapping[str, Adapter]) -> Any:
     """The frozen tree with each adapted leaf made a `Factored` that holds base and ΔW apart, for a lifted function.
 
-    No arithmetic is done. The result is a pytree like any other: it may be an argument of a jitted function.
+    No arithmetic is done, but for what a variant needs that is smaller than the leaf, such as DoRA's norms. The result
+    is a pytree like any other: it may be an argument of a jitted function.
 
     Args:
       frozen: What `split` returned first, or any tree with leaves of the same shapes at the same paths.
@@ -136,10 +113,10 @@ def dropout(key: jax.Array, lora_params: Mapping[str, Adapter]) -> LoraParams:
         key = jax.random.wrap_key_data(key)
 
     def with_keys(path: str, adapter: Adapter) -> Adapter:
-        if not adapter.variant.dropout:
+        if not adapter.variant.dropout or adapter.site.kind == SHARED:
             return adapter
         batch, _, _ = adapter.site.sizes()
-        own = _key_of(key, path)
+        own = key_of(key, path)
         return dataclasses.replace(adapter, keys=jax.random.split(own, batch) if batch else own)
 
     return {path: with_keys(path, adapter) for path, adapter in lora_params.items()}
@@ -181,28 +158,25 @@ def unmerge(params: Any, lora_params: Mapping[str, Adapter]) -> Any:
       A tree like `params`.
 
     Raises:
-      ValueError: As `merge`; and for a leaf under `Full`, whose own value `merge` replaced.
+      ValueError: As `merge`; and for a leaf whose variant cannot be undone: under `Full`, whose own value `merge`
+        replaced, or `DoRA`, whose norms it lost.
     """
     for path, adapter in lora_params.items():
         if not adapter.variant.invertible:
             raise ValueError(
-                f"{path!r}: {type(adapter.variant).__name__} replaces the leaf, so its merging cannot be undone: "
-                "keep the frozen tree, or leave the path out of lora_params (the leaf then keeps its trained value)"
+                f"{path!r}: merging {type(adapter.variant).__name__} loses the leaf's own value, so it cannot be undone: keep "
+                " the frozen tree, or leave the path out of lora_params (the leaf then keeps its trained value)"
             )
     leaves, treedef = tree.flatten(params, is_leaf=is_factored)
-    restored = {path: materialize(_negated(x)) for path, x in _applied(leaves, lora_params).items()}
+    restored = {path: materialize(x) for path, x in _applied(leaves, lora_params, undo=True).items()}
     _check_finite(restored, leaves)
     return tree.unflatten(treedef, {**leaves, **restored})
 
 
-def _negated(value: Factored) -> Factored:
-    deltas = tuple(dataclasses.replace(delta, scale=-delta.scale) for delta in value.deltas)
-    return dataclasses.replace(value, deltas=deltas)
-
-
-def _applied(leaves: Mapping[str, Any], lora_params: Mapping[str, Adapter]) -> dict[str, Any]:
-    """What each adapter makes of its leaf."""
+def _applied(leaves: Mapping[str, Any], lora_params: Mapping[str, Adapter], undo: bool = False) -> dict[str, Any]:
+    """What each adapter makes of its leaf, or, to undo it, of what merging made of the leaf."""
     _refuse_attached(leaves)
+    lora_params = together(lora_params)
     missing = [path for path in lora_params if path not in leaves]
     if missing:
         raise ValueError(
@@ -212,23 +186,31 @@ def _applied(leaves: Mapping[str, Any], lora_params: Mapping[str, Adapter]) -> d
     applied = {}
     for path, adapter in lora_params.items():
         leaf = leaves[path]
-        if not is_adapter(adapter):
-            raise ValueError(
-                f"lora_params has {adapter!r} at {path!r}, which is no Adapter: give what `split` returned"
-            )
         if not tree.is_array(leaf) or tuple(leaf.shape) != adapter.site.shape:
             found = leaf.shape if tree.is_array(leaf) else type(leaf).__name__
             raise ValueError(
                 f"{path!r}: the adapter was made for a leaf of shape {adapter.site.shape}, but the tree has {found} "
                 "there: split again for this model"
             )
-        applied[path] = adapter.variant.apply(Factored.of(leaf, path), adapter.factors, adapter.site)
+        applied[path] = applied_to(leaf, path, adapter, undo)
         if adapter.keys is not None:
             batch, _, _ = adapter.site.axes()
             drop = Dropout(adapter.keys, batch, adapter.variant.dropout)
             deltas = tuple(dataclasses.replace(delta, dropout=drop) for delta in applied[path].deltas)
             applied[path] = dataclasses.replace(applied[path], deltas=deltas)
     return applied
+
+
+def applied_to(leaf: Any, path: str, adapter: Adapter, undo: bool = False) -> Any:
+    """What a variant makes of a leaf and factors, any of which may be abstract; frozen factors have no gradient."""
+    variant, labels = adapter.variant, adapter.variant.labels()
+
+    def apply(leaf: Any, factors: Mapping[str, Any]) -> Any:
+        held = {n: lax.stop_gradient(x) if labels.get(n) == FROZEN else x for n, x in factors.items()}
+        return (variant.undo if undo else variant.apply)(Factored.of(leaf, path), held, adapter.site)
+
+    abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in (leaf, *adapter.factors.values()))
+    return jax.eval_shape(apply, leaf, adapter.factors) if abstract else apply(leaf, adapter.factors)
 
 
 def _refuse_attached(leaves: Mapping[str, Any]) -> None:
@@ -248,8 +230,3 @@ def _check_finite(results: Mapping[str, Any], before: Mapping[str, Any]) -> None
             f"{path!r}: {bad} of {results[path].size} merged weights are not finite, because {cause} not (or the sum "
             "overflows); nothing was changed: go back to a checkpoint from before training diverged"
         )
-
-
-def _key_of(key: jax.Array, path: str) -> jax.Array:
-    """A key that depends on the path alone, the same in every process and session."""
-    return jax.random.fold_in(key, int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "little"))

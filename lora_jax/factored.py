@@ -49,7 +49,9 @@ class Dropout:
         return jnp.where(kept, x / jnp.asarray(1 - self.rate, x.dtype), jnp.zeros((), x.dtype))
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["operands", "dropout"], meta_fields=["axes", "scale"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["operands", "dropout"], meta_fields=["axes", "scale", "frozen"]
+)
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
     """A product of arrays over named axes, unevaluated: the einsum over every axis that the weight does not have.
@@ -59,19 +61,22 @@ class Network:
       axes: For each operand, the axes of its dimensions. Axes with the same name are the same axis.
       scale: A number that multiplies the whole; it is folded into the smallest operand.
       dropout: What of an activation is dropped before it is multiplied by the network.
+      frozen: The operands, by number, that have no gradient, so that orders are cheapest that do not need theirs.
     """
 
     operands: tuple[jax.Array, ...]
     axes: tuple[Axes, ...]
     scale: float = 1.0
     dropout: Dropout | None = None
+    frozen: frozenset[int] = frozenset()
 
     def map(self, change: Change) -> Network:
         """The network with each operand and its axes changed, and with the keys of its dropout."""
         pairs = [change(operand, axes) for operand, axes in zip(self.operands, self.axes, strict=True)]
         drop = self.dropout
         drop = drop and Dropout(*change(drop.keys, drop.axes), drop.rate)
-        return Network(tuple(a for a, _ in pairs), tuple(axes for _, axes in pairs), self.scale, drop)
+        operands, axes = tuple(a for a, _ in pairs), tuple(axes for _, axes in pairs)
+        return dataclasses.replace(self, operands=operands, axes=axes, dropout=drop)
 
     def cast(self, dtype: Any) -> Network:
         """The network with each operand in another dtype."""
@@ -82,9 +87,8 @@ class Network:
         """The network multiplied, element by element, by an array over some of the axes."""
         if len(axes) < 2 and axes in self.axes:  # a scale that is scaled again is one
             i = self.axes.index(axes)
-            return dataclasses.replace(
-                self, operands=(*self.operands[:i], self.operands[i] * array, *self.operands[i + 1 :])
-            )
+            operands = (*self.operands[:i], self.operands[i] * array, *self.operands[i + 1 :])
+            return dataclasses.replace(self, operands=operands, frozen=self.frozen - {i})
         return dataclasses.replace(self, operands=(*self.operands, array), axes=(*self.axes, axes))
 
     def drop(self, x: jax.Array, axes: Axes) -> tuple[jax.Array, Axes]:
@@ -92,13 +96,13 @@ class Network:
         apart = self.dropout.apart(axes) if self.dropout else ()
         return (self.dropout(x, apart) if self.dropout else x), (*apart, *axes)
 
-    def at(self, dtype: Any) -> list[tuple[jax.Array, Axes]]:
-        """The operands with their axes, the scale folded in, in the dtype they are to be multiplied in."""
+    def at(self, dtype: Any = None) -> list[tuple[jax.Array, Axes]]:
+        """The operands with their axes, the scale folded in, in a dtype if one is given."""
         operands = list(self.operands)
         if self.scale != 1.0:
             small = min(range(len(operands)), key=lambda i: operands[i].size)
             operands[small] = operands[small] * self.scale
-        return [(array.astype(dtype), axes) for array, axes in zip(operands, self.axes, strict=True)]
+        return [(array.astype(dtype or array.dtype), axes) for array, axes in zip(operands, self.axes, strict=True)]
 
 
 @functools.partial(
@@ -333,6 +337,11 @@ def roots_of(*groups: Iterable[Axis]) -> tuple[tuple[str, int], ...]:
     return tuple(roots)
 
 
+def after_lead(network: Network) -> frozenset[int]:
+    """The frozen operands of a network, by number, where an activation comes before them all."""
+    return frozenset(i + 1 for i in network.frozen)
+
+
 def fresh(taken: frozenset[str]) -> Iterator[str]:
     """Names for axes that are none of those taken."""
     return (name for i in itertools.count() if (name := f"a{i}") not in taken)
@@ -365,8 +374,14 @@ def total(value: Factored, dtype: Any = None, precision: Any = None) -> jax.Arra
     """The sum of the value's networks: an array of its own dtype, computed in `dtype`, or else in that too."""
     if not value.terms:
         return jnp.zeros(value.shape, value.dtype)
-    terms = [contract(term.at(dtype or value.dtype), value.axes, precision=precision) for term in value.terms]
-    return reshape(functools.reduce(jnp.add, terms).astype(value.dtype), value.shape)
+    wide = dtype or value.dtype
+
+    def formed(term: Network) -> jax.Array:
+        (first, axes), *rest = term.at(dtype)
+        operands = [(first.astype(wide), axes), *rest]
+        return contract(operands, value.axes, frozen=term.frozen, dtype=wide, precision=precision).astype(wide)
+
+    return reshape(functools.reduce(jnp.add, map(formed, value.terms)).astype(value.dtype), value.shape)
 
 
 def cost_of(value: Factored, rows: Axes = ()) -> Cost:
@@ -376,5 +391,5 @@ def cost_of(value: Factored, rows: Axes = ()) -> Cost:
         looked_up = ("[i]" if {*rows} & {*axes} else "" for axes in delta.axes)
         return tuple(letter + index for letter, index in zip(letters(len(delta.axes)), looked_up, strict=True))
 
-    pairs = [work(delta.axes, value.axes, names(delta)) for delta in value.deltas]
+    pairs = [work(delta.axes, value.axes, names(delta), frozen=delta.frozen) for delta in value.deltas]
     return Cost(0, sum(flops for flops, _ in pairs), " + ".join(word for _, word in pairs))

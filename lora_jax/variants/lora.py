@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from lora_jax.factored import Network
 from lora_jax.sites import Site
 from lora_jax.variants.base import Factors, Variant, rank_axis
+from lora_jax.variants.hyperparameters import check, check_fits
 from lora_jax.variants.initializers import initializer
 
 
@@ -23,6 +24,8 @@ class LoRA(Variant):
     A has the weight's batch axes, its in axes and the rank; B the batch axes, the rank and the out axes: of a kernel
     (in, out), A is (in, rank) and B is (rank, out). Both are kept in `dtype`, and cast at use to the dtype that the
     function computes in.
+
+    A training step of n inputs costs 4ndk + 6nr(d + k) FLOPs at a kernel (d, k), of which 4ndk are the base's.
 
     Args:
       rank: The number of columns of A and rows of B; at least 1, at most the smaller side of the weight.
@@ -51,18 +54,10 @@ class LoRA(Variant):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if int(self.rank) != self.rank or self.rank < 1:
-            raise ValueError(f"LoRA(rank={self.rank}): the rank is a whole number, 1 or more")
-        object.__setattr__(self, "rank", int(self.rank))
-        if self.alpha is not None:
-            if not (math.isfinite(self.alpha) and self.alpha):
-                raise ValueError(f"LoRA(alpha={self.alpha}): alpha is a finite number other than 0, or None for rank")
-            object.__setattr__(self, "alpha", float(self.alpha))
+        check(self)
         if self.scaling not in ("standard", "rank_stabilized"):
-            raise ValueError(f"LoRA(scaling={self.scaling!r}): the scaling is 'standard' or 'rank_stabilized'")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"LoRA(dropout={self.dropout}): the dropout is a probability, 0 or more and below 1")
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
+            name = type(self).__name__
+            raise ValueError(f"{name}(scaling={self.scaling!r}): the scaling is 'standard' or 'rank_stabilized'")
 
     @property
     def scale(self) -> float:
@@ -73,12 +68,7 @@ class LoRA(Variant):
     def initial(self, key: jax.Array, weight: Any, site: Site) -> tuple[Any, Factors]:
         """A random and B zero; the weight stays as it is."""
         batch, inner, outer = site.sizes()
-        limit = min(math.prod(inner), math.prod(outer))
-        if self.rank > limit:
-            raise ValueError(
-                f"rank {self.rank} is above {limit}, the smaller of the in and out sizes {inner}, {outer}: lower the "
-                "rank, leave the path out, or train the leaf itself with Full()"
-            )
+        check_fits(self.rank, site)
         fan_in = self.rank if site.kind == "embedding" else math.prod(inner)
         draw = self.init if callable(self.init) else initializer(self.init, fan_in)
         shape = (*batch, *inner, self.rank)
