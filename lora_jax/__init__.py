@@ -6,6 +6,13 @@ from lora_jax.contract import Cost
 from lora_jax.explain import Explained, Explanation, explain
 from lora_jax.factored import Factored, FactoredError, Network, materialize
 from lora_jax.formats.native import load, save
+from lora_jax.initial.capture import Moments, capture
+from lora_jax.initial.corda import corda
+from lora_jax.initial.eva import eva
+from lora_jax.initial.loftq import loftq
+from lora_jax.initial.lora_ga import lora_ga
+from lora_jax.initial.relative import relative_to
+from lora_jax.initial.start import Initialization, Start
 from lora_jax.interpreter import Interpreter, MaterializeError, rule
 from lora_jax.lift import UnusedError, lift
 from lora_jax.optim import optimizer
@@ -22,24 +29,33 @@ __all__ = [
     "Factored",
     "FactoredError",
     "Full",
+    "Initialization",
     "Interpreter",
     "LoRA",
     "MaterializeError",
+    "Moments",
     "Network",
     "Site",
     "Sites",
+    "Start",
     "Summary",
     "UnusedError",
     "Use",
     "Variant",
     "attach",
+    "capture",
+    "corda",
     "dropout",
+    "eva",
     "explain",
     "lift",
     "load",
+    "loftq",
+    "lora_ga",
     "materialize",
     "merge",
     "optimizer",
+    "relative_to",
     "rule",
     "save",
     "sites",

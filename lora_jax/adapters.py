@@ -59,7 +59,8 @@ def split(
         in the rule.
 
     Returns:
-      `(frozen, lora_params)`: a tree like `params`, and a dict from path to `Adapter`.
+      `(frozen, lora_params)`: a tree like `params`, and a dict from path to `Adapter`. A leaf stays frozen as it is,
+      unless its variant starts from a part of it: then base and factors add up to it (see `LoRA`'s `init`).
 
     Raises:
       ValueError: A rule matches no leaf; a leaf is not of floating dtype, is not read by the function, or has no axes;
@@ -80,7 +81,7 @@ def split(
             frozen[path], factors = variant.initial(_key_of(key, path), arrays[path], site)
         except ValueError as error:
             raise ValueError(f"{path!r} {site.shape} as {variant}: {error}") from error
-        lora_params[path] = Adapter(factors, variant, site)
+        lora_params[path] = Adapter(factors, variant.begun(), site)
     if not lora_params:
         raise ValueError("the rules adapt no leaf, so nothing would train: give one of the paths a variant")
     return tree.unflatten(treedef, frozen), lora_params
