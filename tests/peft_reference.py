@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,36 @@ def model(name: str):
     return result, jax.device_put(module.from_torch(file["weights"]))
 
 
-def variant(run: str, config: dict[str, Any]) -> lora.Variant:
-    """What PEFT was asked for, in our words."""
-    if run in ("lora", "rslora"):
-        scaling = "rank_stabilized" if config.get("use_rslora") else "standard"
-        return lora.LoRA(rank=config["r"], alpha=config["lora_alpha"], scaling=scaling)
+def rules(run: str, config: dict[str, Any]) -> dict[str, lora.Variant]:
+    """What PEFT was asked for, in our words; `feedforward_modules` are those whose inputs IA³ scales."""
+    inputs = config.get("feedforward_modules", [])
+    outputs = [target for target in config["target_modules"] if target not in inputs]
+
+    def pattern(targets):
+        return rf"(.*\.)?({'|'.join(map(re.escape, targets))})\.weight"
+
+    sides = {"in": inputs, "out": outputs}
+    return {pattern(targets): _variant(run, config, side) for side, targets in sides.items() if targets}
+
+
+def _variant(run: str, config: dict[str, Any], side: str) -> lora.Variant:
+    rank, alpha = config.get("r"), config.get("alpha", config.get("lora_alpha"))
+    match run.split("-"):
+        case ["lora" | "rslora" | "pissa" | "olora"]:
+            scaling = "rank_stabilized" if config.get("use_rslora") else "standard"
+            return lora.LoRA(rank=rank, alpha=alpha, scaling=scaling, init=config.get("init_lora_weights", "uniform"))
+        case ["dora"]:
+            return lora.DoRA(rank=rank, alpha=alpha)
+        case ["vera"]:
+            return lora.VeRA(rank=rank)
+        case ["loha"]:
+            return lora.LoHa(rank=rank, alpha=alpha)
+        case ["lokr", *_]:
+            return lora.LoKr(rank=rank, alpha=alpha, decompose_both=config.get("decompose_both", False))
+        case ["ia3"]:
+            return lora.IA3(side)
+        case ["adalora"]:
+            return lora.AdaLoRA(rank=config["init_r"], alpha=alpha)
     raise ValueError(f"{run!r} is a run that no variant answers to: say here which does")
 
 
@@ -71,21 +97,51 @@ def outer(tensor, site):
     return tensor.reshape(tensor.shape[:2]).T
 
 
+def flat(tensor, site):
+    return tensor.ravel()
+
+
+def turned(tensor, site):
+    return tensor.T
+
+
+LORA = {"A": (inner, "lora_A.weight", "lora_embedding_A"), "B": (outer, "lora_B.weight", "lora_embedding_B")}
 # For each variant, its factors, and from which of PEFT's tensors each comes: the first of these names that there is.
 FACTORS = {
-    "LoRA": {
-        "A": (inner, "lora_A.weight", "lora_embedding_A"),
-        "B": (outer, "lora_B.weight", "lora_embedding_B"),
+    "LoRA": LORA,
+    "DoRA": {**LORA, "magnitude": (flat, "lora_magnitude_vector.weight", "lora_magnitude_vector")},
+    "VeRA": {
+        "d": (flat, "vera_lambda_d"),
+        "b": (flat, "vera_lambda_b"),
+        "A": (turned, "vera_A"),
+        "B": (turned, "vera_B"),
     },
+    "LoHa": {
+        "A1": (inner, "hada_w1_b"),
+        "B1": (outer, "hada_w1_a"),
+        "A2": (inner, "hada_w2_b"),
+        "B2": (outer, "hada_w2_a"),
+    },
+    "LoKr": {
+        "C": (turned, "lokr_w1"),
+        "C1": (turned, "lokr_w1_b"),
+        "C2": (turned, "lokr_w1_a"),
+        "A": (turned, "lokr_w2_b"),
+        "B": (turned, "lokr_w2_a"),
+        "AB": (turned, "lokr_w2"),
+    },
+    "IA3": {"scale": (flat, "ia3_l")},
 }
 
 
 def filled(adapter: lora.Adapter, path: str, tensors: dict[str, Any]) -> lora.Adapter:
     """The adapter of a leaf with PEFT's tensors, or with their gradients, which are taken out of the dict."""
-    module, found = path.removesuffix(".weight"), {}
-    for factor, (turn, *names) in FACTORS[type(adapter.variant).__name__].items():
-        name = next(name for name in names if f"{module}.{name}" in tensors)
-        value = np.ascontiguousarray(turn(tensors.pop(f"{module}.{name}"), adapter.site))
-        assert value.shape == adapter.factors[factor].shape, (path, factor, value.shape)
+    prefix = "" if path.startswith("shared/") else path.removesuffix("weight")
+    found = {}
+    for factor, x in adapter.factors.items():
+        turn, *names = FACTORS[type(adapter.variant).__name__][factor]
+        name = next(prefix + name for name in names if prefix + name in tensors)
+        value = np.ascontiguousarray(turn(tensors.pop(name), adapter.site))
+        assert value.shape == x.shape, (path, factor, value.shape, x.shape)
         found[factor] = jax.device_put(value)
-    return dataclasses.replace(adapter, factors={**adapter.factors, **found})
+    return dataclasses.replace(adapter, factors=found)
