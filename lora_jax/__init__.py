@@ -1,7 +1,7 @@
 """LoRA for any JAX function over any pytree: the public names, and nothing else."""
 
 from lora_jax import rules as _rules  # noqa: F401  (imported for its effect: each rule registers itself with the interpreter)
-from lora_jax.adapters import Adapter, attach, dropout, merge, split, unmerge
+from lora_jax.adapters import Adapter, attach, dropout, merge, shared, split, unmerge
 from lora_jax.contract import Cost
 from lora_jax.explain import Explained, Explanation, explain
 from lora_jax.factored import Factored, FactoredError, Network, materialize
@@ -19,18 +19,22 @@ from lora_jax.optim import optimizer
 from lora_jax.sites import Site, Sites, sites
 from lora_jax.summary import Summary, summary
 from lora_jax.uses import Use
-from lora_jax.variants import Full, LoRA, Variant
+from lora_jax.variants import IA3, DoRA, Full, LoHa, LoKr, LoRA, Variant, VeRA
 
 __all__ = [
     "Adapter",
     "Cost",
+    "DoRA",
     "Explained",
     "Explanation",
     "Factored",
     "FactoredError",
     "Full",
+    "IA3",
     "Initialization",
     "Interpreter",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "MaterializeError",
     "Moments",
@@ -42,6 +46,7 @@ __all__ = [
     "UnusedError",
     "Use",
     "Variant",
+    "VeRA",
     "attach",
     "capture",
     "corda",
@@ -58,6 +63,7 @@ __all__ = [
     "relative_to",
     "rule",
     "save",
+    "shared",
     "sites",
     "split",
     "summary",

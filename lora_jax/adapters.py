@@ -11,12 +11,13 @@ from typing import Any, TypeGuard
 import jax
 import jax.core
 import jax.numpy as jnp
+from jax import lax
 
 from lora_jax import tree
 from lora_jax.choice import Rules, choose
 from lora_jax.factored import Dropout, Factored, is_factored, materialize
 from lora_jax.sites import Site
-from lora_jax.variants.base import Variant
+from lora_jax.variants.base import FROZEN, SHARED, Variant
 
 LoraParams = dict[str, "Adapter"]
 
@@ -25,6 +26,8 @@ LoraParams = dict[str, "Adapter"]
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adapter:
     """What trains at one leaf: named factors, with the variant and the leaf's axes as static metadata.
+
+    Factors that several leaves share, as of VeRA, are an Adapter of their own, whose site is of kind "shared".
 
     Attributes:
       factors: Arrays by name; of LoRA, "A" and "B".
@@ -82,6 +85,7 @@ def split(
         except ValueError as error:
             raise ValueError(f"{path!r} {site.shape} as {variant}: {error}") from error
         lora_params[path] = Adapter(factors, variant.begun(), site)
+    lora_params |= _pools(key, leaves, lora_params)
     if not lora_params:
         raise ValueError("the rules adapt no leaf, so nothing would train: give one of the paths a variant")
     return tree.unflatten(treedef, frozen), lora_params
@@ -90,7 +94,7 @@ def split(
 def attach(frozen: Any, lora_params: Mapping[str, Adapter]) -> Any:
     """The frozen tree with each adapted leaf made a `Factored` that holds base and ΔW apart, for a lifted function.
 
-    No arithmetic is done. The result is a pytree like any other: it may be an argument of a jitted function.
+    No arithmetic is done, but for what a variant needs that is smaller than the leaf, such as DoRA's norms. The result is a pytree like any other: it may be an argument of a jitted function.
 
     Args:
       frozen: What `split` returned first, or any tree with leaves of the same shapes at the same paths.
@@ -137,7 +141,7 @@ def dropout(key: jax.Array, lora_params: Mapping[str, Adapter]) -> LoraParams:
         key = jax.random.wrap_key_data(key)
 
     def with_keys(path: str, adapter: Adapter) -> Adapter:
-        if not adapter.variant.dropout:
+        if not adapter.variant.dropout or adapter.site.kind == SHARED:
             return adapter
         batch, _, _ = adapter.site.sizes()
         own = _key_of(key, path)
@@ -182,28 +186,89 @@ def unmerge(params: Any, lora_params: Mapping[str, Adapter]) -> Any:
       A tree like `params`.
 
     Raises:
-      ValueError: As `merge`; and for a leaf under `Full`, whose own value `merge` replaced.
+      ValueError: As `merge`; and for a leaf whose variant cannot be undone: under `Full`, whose own value `merge`
+        replaced, or `DoRA`, whose norms it lost.
     """
     for path, adapter in lora_params.items():
         if not adapter.variant.invertible:
             raise ValueError(
-                f"{path!r}: {type(adapter.variant).__name__} replaces the leaf, so its merging cannot be undone: "
+                f"{path!r}: {type(adapter.variant).__name__} replaces the leaf's own value, so its merging cannot be undone: "
                 "keep the frozen tree, or leave the path out of lora_params (the leaf then keeps its trained value)"
             )
     leaves, treedef = tree.flatten(params, is_leaf=is_factored)
-    restored = {path: materialize(_negated(x)) for path, x in _applied(leaves, lora_params).items()}
+    restored = {path: materialize(x) for path, x in _applied(leaves, lora_params, undo=True).items()}
     _check_finite(restored, leaves)
     return tree.unflatten(treedef, {**leaves, **restored})
 
 
-def _negated(value: Factored) -> Factored:
-    deltas = tuple(dataclasses.replace(delta, scale=-delta.scale) for delta in value.deltas)
-    return dataclasses.replace(value, deltas=deltas)
+def together(lora_params: Mapping[str, Adapter]) -> LoraParams:
+    """The adapters of leaves alone, each with all of its factors, those too that it shares with others.
+
+    Raises:
+      ValueError: The shared factors of a leaf are not there.
+    """
+    for path, adapter in lora_params.items():
+        if not is_adapter(adapter):
+            raise ValueError(
+                f"lora_params has {adapter!r} at {path!r}, which is no Adapter: give what `split` returned"
+            )
+    joined = LoraParams()
+    for path, adapter in lora_params.items():
+        if adapter.site.kind == SHARED:
+            continue
+        if adapter.variant.shared:
+            pool = adapter.variant.shared_path
+            if pool not in lora_params:
+                raise ValueError(
+                    f"{path!r} as {adapter.variant} needs what lora_params holds at {pool!r}, which is not there: keep "
+                    "that entry together with those of the leaves"
+                )
+            adapter = dataclasses.replace(adapter, factors={**lora_params[pool].factors, **adapter.factors})
+        joined[path] = adapter
+    return joined
 
 
-def _applied(leaves: Mapping[str, Any], lora_params: Mapping[str, Adapter]) -> dict[str, Any]:
-    """What each adapter makes of its leaf."""
+def shared(variant: Variant, factors: Mapping[str, Any]) -> LoraParams:
+    """The entry of `lora_params` that holds what a variant's leaves share, from given factors.
+
+    `split` makes one by itself, at random; this one is for factors that come from elsewhere, such as a file.
+
+    Args:
+      variant: The variant.
+      factors: What `variant.shared` names.
+
+    Returns:
+      A dict from `variant.shared_path` to an Adapter.
+
+    Raises:
+      ValueError: The names are not those that the variant shares.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lora
+    >>> vera = lora.VeRA(rank=2)
+    >>> _, lora_params = lora.split(jax.random.key(0), {"w": jnp.ones((8, 4))}, {"w": vera})
+    >>> lora_params |= lora.shared(vera, {"A": jnp.ones((8, 2)), "B": jnp.ones((2, 4))})
+    """
+    if set(factors) != set(variant.shared):
+        raise ValueError(f"{variant} shares factors {[*variant.shared]}, not {[*factors]}")
+    return {variant.shared_path: Adapter(dict(factors), variant, Site((), SHARED))}
+
+
+def _pools(key: jax.Array, leaves: Mapping[str, Any], lora_params: LoraParams) -> LoraParams:
+    """What the leaves share, once for each path that their variants hold it at."""
+    users = [adapter for adapter in lora_params.values() if adapter.variant.shared]
+    pools = LoraParams()
+    for path, variant in {adapter.variant.shared_path: adapter.variant for adapter in reversed(users)}.items():
+        if path in leaves:
+            raise ValueError(f"{path!r} is a leaf, and {variant} holds shared factors there: rename the leaf")
+        sites = [adapter.site for adapter in users if adapter.variant.shared_path == path]
+        pools |= shared(variant, variant.pool(_key_of(key, path), sites))
+    return pools
+
+
+def _applied(leaves: Mapping[str, Any], lora_params: Mapping[str, Adapter], undo: bool = False) -> dict[str, Any]:
+    """What each adapter makes of its leaf, or, to undo it, of what merging made of the leaf."""
     _refuse_attached(leaves)
+    lora_params = together(lora_params)
     missing = [path for path in lora_params if path not in leaves]
     if missing:
         raise ValueError(
@@ -213,23 +278,31 @@ def _applied(leaves: Mapping[str, Any], lora_params: Mapping[str, Adapter]) -> d
     applied = {}
     for path, adapter in lora_params.items():
         leaf = leaves[path]
-        if not is_adapter(adapter):
-            raise ValueError(
-                f"lora_params has {adapter!r} at {path!r}, which is no Adapter: give what `split` returned"
-            )
         if not tree.is_array(leaf) or tuple(leaf.shape) != adapter.site.shape:
             found = leaf.shape if tree.is_array(leaf) else type(leaf).__name__
             raise ValueError(
                 f"{path!r}: the adapter was made for a leaf of shape {adapter.site.shape}, but the tree has {found} "
                 "there: split again for this model"
             )
-        applied[path] = adapter.variant.apply(Factored.of(leaf, path), adapter.factors, adapter.site)
+        applied[path] = applied_to(leaf, path, adapter, undo)
         if adapter.keys is not None:
             batch, _, _ = adapter.site.axes()
             drop = Dropout(adapter.keys, batch, adapter.variant.dropout)
             deltas = tuple(dataclasses.replace(delta, dropout=drop) for delta in applied[path].deltas)
             applied[path] = dataclasses.replace(applied[path], deltas=deltas)
     return applied
+
+
+def applied_to(leaf: Any, path: str, adapter: Adapter, undo: bool = False) -> Any:
+    """What a variant makes of a leaf and factors, any of which may be abstract; frozen factors have no gradient."""
+    variant, labels = adapter.variant, adapter.variant.labels()
+
+    def apply(leaf: Any, factors: Mapping[str, Any]) -> Any:
+        held = {n: lax.stop_gradient(x) if labels.get(n) == FROZEN else x for n, x in factors.items()}
+        return (variant.undo if undo else variant.apply)(Factored.of(leaf, path), held, adapter.site)
+
+    abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in (leaf, *adapter.factors.values()))
+    return jax.eval_shape(apply, leaf, adapter.factors) if abstract else apply(leaf, adapter.factors)
 
 
 def _refuse_attached(leaves: Mapping[str, Any]) -> None:

@@ -106,6 +106,12 @@ def _placed(path: str, chosen: Variant | Placed, leaf: Any, sites: Mapping[str, 
             f"{path!r} {shape} is {how}, so a low-rank update of it would have to be formed: leave it out, train it "
             'with Full(), or give its axes in the rule, .at(in_axes=..., out_axes=...), and lift(materialize="allow")'
         )
+    if variant.needs_axes and site.kind not in variant.kinds:
+        name = type(variant).__name__
+        raise ValueError(
+            f"{path!r} is of kind {site.kind!r}, and {name} adapts leaves of kind {', '.join(variant.kinds)} alone: give "
+            "it another variant, such as LoRA(rank=8), or leave it out"
+        )
     return variant, dataclasses.replace(site, uses=())
 
 

@@ -84,18 +84,25 @@ def size_of(axes: Sequence[Axis] | Set[Axis]) -> int:
 
 
 def order(
-    operands: tuple[Axes, ...], out: frozenset[Axis], whole: frozenset[Axis] = frozenset(), lead: bool = True
+    operands: tuple[Axes, ...],
+    out: frozenset[Axis],
+    whole: frozenset[Axis] = frozenset(),
+    frozen: frozenset[int] = frozenset(),
+    lead: bool = True,
 ) -> Order:
     """The cheapest sequence of pairs i < j to multiply, each product taking the place of its left operand.
 
-    The cost is the number of multiplications. No product of factors alone may carry all of `whole`; the first operand
-    is no factor if it is a `lead`, that is an activation.
+    The cost is the number of multiplications of a training step: those of each product, and again those of the
+    gradient of each of the two that has one, as all operands do but the `frozen`. No product of factors alone may carry
+    all of `whole`; the first operand is no factor if it is a `lead`, that is an activation.
 
     >>> n, d, r, k = Axis("n", 64), Axis("d", 512), Axis("r", 8), Axis("k", 512)
     >>> order(((n, d), (d, r), (r, k)), frozenset({n, k}))  # (x·A)·B, not x·(A·B)
     ((0, 1), (0, 1))
+    >>> order(((n, d), (d, r), (r, k), (k,)), frozenset({n, k}), frozen=frozenset({1, 2}))  # ((x·A)·B)·b, not (x·A)·(B·b)
+    ((0, 1), (0, 1), (0, 1))
     """
-    return _search(operands, out, whole, lead)[1]
+    return _search(operands, out, whole, frozen, lead)[1]
 
 
 def contract(
@@ -103,6 +110,7 @@ def contract(
     out: Axes,
     *,
     whole: Set[Axis] = frozenset(),
+    frozen: Set[int] = frozenset(),
     order: Callable[..., Order] = order,
     precision: Any = None,
     preferred_element_type: Any = None,
@@ -113,7 +121,8 @@ def contract(
       operands: Arrays with the axes of their dimensions; where there is an activation, it comes first.
       out: The axes of the result; one that no operand carries is broadcast.
       whole: The axes of the weight, which no product of factors alone may carry together.
-      order: What chooses the order, from the operands' axes, those of the result, and `whole`.
+      frozen: The operands, by number, that have no gradient.
+      order: What chooses the order, from the operands' axes, those of the result, `whole` and `frozen`.
       precision: As in `jax.lax.dot_general`.
       preferred_element_type: As in `jax.lax.dot_general`.
 
@@ -122,7 +131,7 @@ def contract(
     """
     named = [axes for _, axes in operands]
     live = [_sum_out(x, axes, kept) for (x, axes), kept in zip(operands, _kept(named, out), strict=True)]
-    for i, j in order(tuple(axes for _, axes in live), frozenset(out), frozenset(whole)):
+    for i, j in order(tuple(axes for _, axes in live), frozenset(out), frozenset(whole), frozenset(frozen)):
         right, left = live.pop(j), live.pop(i)
         keep = frozenset(out).union(*(axes for _, axes in live))
         # Only the last product leaves the dtype that is computed in: none is wider than it need be.
@@ -138,6 +147,7 @@ def work(
     out: Axes,
     names: Sequence[str],
     whole: Set[Axis] = frozenset(),
+    frozen: Set[int] = frozenset(),
     order: Callable[..., Order] = order,
 ) -> tuple[int, str]:
     """The FLOPs of `contract`, and its order as an expression over `names`, one for each operand.
@@ -146,16 +156,21 @@ def work(
     >>> work([(n, d), (d, r), (r, k)], (n, k), "xAB")
     (1048576, '(x·A)·B')
     """
-    return _work(tuple(operands), tuple(out), tuple(names), frozenset(whole), order)
+    return _work(tuple(operands), tuple(out), tuple(names), frozenset(whole), frozenset(frozen), order)
 
 
 @functools.lru_cache(maxsize=4096)
 def _work(
-    operands: tuple[Axes, ...], out: Axes, names: tuple[str, ...], whole: frozenset[Axis], order: Callable[..., Order]
+    operands: tuple[Axes, ...],
+    out: Axes,
+    names: tuple[str, ...],
+    whole: frozenset[Axis],
+    frozen: frozenset[int],
+    order: Callable[..., Order],
 ) -> tuple[int, str]:
     live = [tuple(a for a in axes if a in kept) for axes, kept in zip(operands, _kept(operands, out), strict=True)]
     words, flops = list(names), 0
-    for i, j in order(tuple(live), frozenset(out), whole):
+    for i, j in order(tuple(live), frozenset(out), whole, frozen):
         right, left = live.pop(j), live.pop(i)
         union, keep = frozenset(left) | frozenset(right), frozenset(out).union(*live)
         flops += size_of(union) * (1 if union <= keep else 2)
@@ -172,7 +187,7 @@ def _kept(operands: Sequence[Axes], out: Axes) -> list[frozenset[Axis]]:
 
 @functools.lru_cache(maxsize=4096)
 def _search(
-    operands: tuple[Axes, ...], out: frozenset[Axis], whole: frozenset[Axis], lead: bool
+    operands: tuple[Axes, ...], out: frozenset[Axis], whole: frozenset[Axis], frozen: frozenset[int], lead: bool
 ) -> tuple[float, Order]:
     if len(operands) == 1:
         return 0, ()
@@ -184,10 +199,12 @@ def _search(
             if (i > 0 or not lead) and whole and whole.issubset(product):
                 continue
             rest = operands[:i] + (product,) + operands[i + 1 : j] + operands[j + 1 :]
-            cost, tail = _search(rest, out, whole, lead)
+            moving = (i not in frozen) + (j not in frozen)
+            held = {n - (n > j) for n in frozen if n not in (i, j)} | (set() if moving else {i})
+            cost, tail = _search(rest, out, whole, frozenset(held), lead)
             # A size that is not known yet (of an exported function) counts as that of a large batch.
             known = math.prod(axis.size if isinstance(axis.size, int) else 4096 for axis in union)
-            best = min(best, (known + cost, ((i, j), *tail)))
+            best = min(best, (known * (1 + moving) + cost, ((i, j), *tail)))
     return best
 
 

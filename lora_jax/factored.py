@@ -54,7 +54,9 @@ class Dropout:
         return self(x, apart), (*apart, *axes)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["operands", "dropout"], meta_fields=["axes", "scale"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["operands", "dropout"], meta_fields=["axes", "scale", "frozen"]
+)
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
     """A product of arrays over named axes, unevaluated: the einsum over every axis that the weight does not have.
@@ -64,12 +66,14 @@ class Network:
       axes: For each operand, the axes of its dimensions. Axes with the same name are the same axis.
       scale: A number that multiplies the whole; it is folded into the smallest operand.
       dropout: What of an activation is dropped before it is multiplied by the network.
+      frozen: The operands, by number, that have no gradient, so that orders are cheapest that do not need theirs.
     """
 
     operands: tuple[jax.Array, ...]
     axes: tuple[Axes, ...]
     scale: float = 1.0
     dropout: Dropout | None = None
+    frozen: frozenset[int] = frozenset()
 
     def map(self, change: Change) -> Network:
         """The network with each operand and its axes changed, and with the keys of its dropout."""
@@ -78,7 +82,8 @@ class Network:
         if drop:
             keys, axes = change(drop.keys, drop.axes)
             drop = dataclasses.replace(drop, keys=keys, axes=axes)
-        return Network(tuple(a for a, _ in pairs), tuple(axes for _, axes in pairs), self.scale, drop)
+        operands, axes = tuple(a for a, _ in pairs), tuple(axes for _, axes in pairs)
+        return dataclasses.replace(self, operands=operands, axes=axes, dropout=drop)
 
     def cast(self, dtype: Any) -> Network:
         """The network with each operand in another dtype."""
@@ -89,9 +94,8 @@ class Network:
         """The network multiplied, element by element, by an array over some of the axes."""
         if len(axes) < 2 and axes in self.axes:  # a scale that is scaled again is one
             i = self.axes.index(axes)
-            return dataclasses.replace(
-                self, operands=(*self.operands[:i], self.operands[i] * array, *self.operands[i + 1 :])
-            )
+            operands = (*self.operands[:i], self.operands[i] * array, *self.operands[i + 1 :])
+            return dataclasses.replace(self, operands=operands, frozen=self.frozen - {i})
         return dataclasses.replace(self, operands=(*self.operands, array), axes=(*self.axes, axes))
 
     def drop(self, x: jax.Array, axes: Axes) -> tuple[jax.Array, Axes]:
@@ -339,6 +343,11 @@ def roots_of(*groups: Iterable[Axis]) -> tuple[tuple[str, int], ...]:
     return tuple(roots)
 
 
+def after_lead(network: Network) -> frozenset[int]:
+    """The frozen operands of a network, by number, where an activation comes before them all."""
+    return frozenset(i + 1 for i in network.frozen)
+
+
 def fresh(taken: frozenset[str]) -> Iterator[str]:
     """Names for axes that are none of those taken."""
     return (name for i in itertools.count() if (name := f"a{i}") not in taken)
@@ -371,7 +380,7 @@ def total(value: Factored, dtype: Any = None, precision: Any = None) -> jax.Arra
     """The sum of the value's networks: an array of its own dtype, computed in `dtype`, or else in that too."""
     if not value.terms:
         return jnp.zeros(value.shape, value.dtype)
-    terms = [contract(term.at(dtype or value.dtype), value.axes, precision=precision) for term in value.terms]
+    terms = [contract(t.at(dtype or value.dtype), value.axes, frozen=t.frozen, precision=precision) for t in value.terms]
     return reshape(functools.reduce(jnp.add, terms).astype(value.dtype), value.shape)
 
 
@@ -382,5 +391,5 @@ def cost_of(value: Factored, rows: Axes = ()) -> Cost:
         looked_up = ("[i]" if {*rows} & {*axes} else "" for axes in delta.axes)
         return tuple(letter + index for letter, index in zip(letters(len(delta.axes)), looked_up, strict=True))
 
-    pairs = [work(delta.axes, value.axes, names(delta)) for delta in value.deltas]
+    pairs = [work(delta.axes, value.axes, names(delta), frozen=delta.frozen) for delta in value.deltas]
     return Cost(0, sum(flops for flops, _ in pairs), " + ".join(word for _, word in pairs))

@@ -206,7 +206,7 @@ def form(network: Network, axes: frozenset[Axis]) -> Any:
         (str(x.dtype), tuple(map(of, named))) for x, named in zip(network.operands, network.axes, strict=True)
     )
     drop = network.dropout and (network.dropout.rate, tuple(map(of, network.dropout.axes)))
-    return kinds, network.scale, drop
+    return kinds, network.scale, drop, network.frozen
 
 
 def all_carrying(network: Network, axes: Iterable[Axis]) -> Network:
@@ -225,7 +225,13 @@ def _with_roots(axis: Axis, other: Axis) -> Axis:
 def _cross(left: Factored, right: Factored) -> tuple[Network, ...]:
     """The products of each network of the one with each of the other, but for that of the bases."""
     return tuple(
-        Network(a.operands + b.operands, a.axes + b.axes, a.scale * b.scale, a.dropout or b.dropout)
+        Network(
+            a.operands + b.operands,
+            a.axes + b.axes,
+            a.scale * b.scale,
+            a.dropout or b.dropout,
+            a.frozen | {len(a.operands) + i for i in b.frozen},
+        )
         for a in left.terms
         for b in right.terms
         if not (a is left.base and b is right.base)

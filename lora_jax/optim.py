@@ -9,8 +9,7 @@ import jax
 import optax
 
 from lora_jax.adapters import Adapter, is_adapter
-
-FROZEN = "frozen"
+from lora_jax.variants.base import FROZEN
 
 
 def optimizer(

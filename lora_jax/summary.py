@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax import tree
-from lora_jax.adapters import Adapter
-from lora_jax.optim import FROZEN
+from lora_jax.adapters import Adapter, together
 from lora_jax.table import dimensions, table
+from lora_jax.variants.base import FROZEN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +86,7 @@ def summary(params: Any, lora_params: Mapping[str, Adapter]) -> Summary:
     total   262,656                      2,560    0.97%
     """
     leaves, _ = tree.flatten(params)
+    lora_params = together(lora_params)
     missing = [path for path in lora_params if path not in leaves]
     if missing:
         raise ValueError(f"the tree has no leaf at {missing[0]!r}{tree.close_to(missing[0], leaves)}")

@@ -12,6 +12,7 @@ import numpy as np
 
 import lora_jax as lora
 from lora_jax import compat
+from lora_jax.adapters import together
 
 # Equations that show a weight from another side. A broadcast is none of them: zeros of a weight's shape are one.
 VIEWS = {
@@ -87,7 +88,7 @@ def formed(jaxpr: Any, lora_params: Any) -> list[str]:
       lora_params: The adapters.
     """
     sizes = set()
-    for adapter in lora_params.values():
+    for adapter in together(lora_params).values():
         sizes |= {math.prod(adapter.site.shape), math.prod(sum(adapter.site.sizes()[1:], ()))}
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     n = len(jax.tree.leaves(lora_params))

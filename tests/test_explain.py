@@ -167,7 +167,7 @@ def test_an_order_that_leaves_operands_is_an_error():
 def test_a_user_can_choose_the_order():
     """The hybrid that forms AB first: more memory, and fewer FLOPs where tokens are many."""
 
-    def formed_first(operands, out, whole):
+    def formed_first(operands, out, whole, frozen):
         return ((1, 2), (0, 1)) if len(operands) == 3 else ((0, 1),)
 
     params = {"w": normal(D, D)}

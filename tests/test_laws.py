@@ -20,6 +20,14 @@ VARIANTS = {
     "LoRA": lora.LoRA(rank=2, alpha=4),
     "rank_stabilized": lora.LoRA(rank=3, alpha=2, scaling="rank_stabilized", init="uniform"),
     "rank_1": lora.LoRA(rank=1),
+    "DoRA": lora.DoRA(rank=2, alpha=4),
+    "DoRA_rank_stabilized": lora.DoRA(rank=3, scaling="rank_stabilized"),
+    "IA3": lora.IA3(),
+    "IA3_in": lora.IA3(side="in"),
+    "VeRA": lora.VeRA(rank=6),
+    "LoHa": lora.LoHa(rank=2, alpha=3),
+    "LoKr": lora.LoKr(rank=2, alpha=3, decompose_both=True),
+    "LoKr_whole": lora.LoKr(rank=6),
 }
 FLOAT32 = [name for name in ZOO if name != "bfloat16"]
 # Every model with one variant, and every variant with the model that uses its weights in most ways.

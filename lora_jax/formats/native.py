@@ -16,10 +16,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize
 
-from lora_jax.adapters import Adapter
-from lora_jax.factored import Factored
+from lora_jax.adapters import Adapter, applied_to, together
 from lora_jax.sites import Site
-from lora_jax.variants.base import Variant
+from lora_jax.variants.base import SHARED, Variant
 
 FORMAT = 1
 
@@ -103,6 +102,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Adapter]:
     lora_params = {p: _restore(path, p, entry, tensors) for p, entry in entries}
     if tensors:
         raise ValueError(f"{path}: tensors that belong to no adapter: {', '.join(sorted(tensors)[:5])}")
+    _check(path, lora_params)
     return lora_params
 
 
@@ -131,16 +131,32 @@ jax.export.register_pytree_node_serialization(
 
 
 def _restore(file: Path, path: str, entry: dict[str, Any], tensors: dict[str, Any]) -> Adapter:
-    """One adapter, its tensors taken out of `tensors` and checked against its variant and its site."""
+    """One adapter, its tensors taken out of `tensors`."""
     name = entry.get("variant")
     if name not in Variant.registry:
         known = ", ".join(sorted(Variant.registry))
         raise ValueError(f"{file}: {path!r} is a {name}, and known are {known}: import the module that defines {name}")
     try:
         variant, site = _described(entry)
-        factors = {factor: tensors.pop(f"{path}:{factor}") for factor in variant.labels()}
-        # Raises where a factor's shape is not what the variant makes of the site's.
-        variant.apply(Factored.of(jax.ShapeDtypeStruct(site.shape, "float32"), path), factors, site)
+        names = variant.shared if site.kind == SHARED else variant.names(site)
+        factors = {name: tensors.pop(f"{path}:{name}") for name in names}
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: the adapter at {path!r} does not fit its description: {error}") from error
+        raise ValueError(f"{file}: {_misfit(path)}: {error}") from error
     return Adapter(factors, variant, site)
+
+
+def _check(file: Path, lora_params: Mapping[str, Adapter]) -> None:
+    """Raises where a factor's shape is not what its variant makes of its site's."""
+    try:
+        leaves = together(lora_params)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    for path, adapter in leaves.items():
+        try:
+            applied_to(jax.ShapeDtypeStruct(adapter.site.shape, "float32"), path, adapter)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file}: {_misfit(path)}: {error}") from error
+
+
+def _misfit(path: str) -> str:
+    return f"the adapter at {path!r} does not fit its description"

@@ -220,11 +220,11 @@ def _costed(
     rows, x, y = conv.batch + folded, _flat(conv.x[2:]), _flat(conv.y[2:])
     small = (*groups, *new, *summed, *_flat(conv.window))
     a, b, c = ("".join(words) for words in _by_stage(letters(len(operands)), stages))
-    mixing, mixed = work([_flat(conv.x), *before], (*rows, *groups, *summed, *x), "x" + a, whole, order)
+    mixing, mixed = work([_flat(conv.x), *before], (*rows, *groups, *summed, *x), "x" + a, whole, order=order)
     making, kernel = work(within, small, b) if within else (0, "1")
     # Strides leave out some of x, and dilations of x some of y.
     sliding = 2 * size_of((*rows, *small)) * min(size_of(x), size_of(y))
-    ending, word = work([(*rows, *groups, *new, *y), *after], _flat(conv.y), "y" + c, whole, order)
+    ending, word = work([(*rows, *groups, *new, *y), *after], _flat(conv.y), "y" + c, whole, order=order)
     return _Plan(mixing + making + sliding + ending, stages, word.replace("y", f"({mixed} * {kernel})"))
 
 

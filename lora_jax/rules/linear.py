@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.contract import Axes, Axis, Cost, Order, contract, letters, reshape, size_of, work
-from lora_jax.factored import Factored, Network, cost_of, is_factored, materialize
+from lora_jax.factored import Factored, Network, after_lead, cost_of, is_factored, materialize
 from lora_jax.interpreter import Interpreter, rule
 from lora_jax.joint import dense, matmul
 
@@ -133,7 +133,9 @@ class Product:
         for term in weight.terms:
             names = ("W", *letters(len(term.axes))) if term is weight.base else letters(len(term.axes))
             axes = (self.x_axes, *term.axes)
-            flops, word = work(axes, self.out, ("x", *names)[: len(axes)], self.whole, self.order)
+            flops, word = work(
+                axes, self.out, ("x", *names)[: len(axes)], self.whole, after_lead(term), self.order
+            )
             if term is weight.base:
                 base += flops
             else:
@@ -157,6 +159,7 @@ def _multiply(x: jax.Array, terms: tuple[Network, ...], product: Product) -> jax
             [(activation, axes), *term.at(how.dtype)],
             how.out,
             whole=how.whole,
+            frozen=after_lead(term),
             order=how.order,
             precision=how.precision,
             preferred_element_type=how.preferred_element_type,

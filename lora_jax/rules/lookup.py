@@ -35,7 +35,7 @@ def gather(interpreter: Interpreter, eqn: Any, weight: Any, indices: Any) -> Any
         return NotImplemented
     filled = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
     base = weight.base
-    if filled and (base is None or len(base.operands) > 1 or not {*pick.axes} <= {*base.axes[0]}):
+    if filled and not (base and _fillable(base, pick, eqn.params["fill_value"])):
         base = joint.dense(joint.base_of(weight), weight.dims)
     # Where rows are out of bounds and filled, the base alone has the fill value; ΔW is zero there.
     zero = 0 if filled else None
@@ -52,7 +52,8 @@ def gather(interpreter: Interpreter, eqn: Any, weight: Any, indices: Any) -> Any
     left = frozenset(axis for group in kept for axis in group if axis.roots)
     if not value.adapted and not (pick.rows and len(left) <= 1):
         return dataclasses.replace(value, picked=(*weight.picked, *pick.axes))
-    if value.adapted and not any(left.issubset(axes) for delta in value.deltas for axes in delta.axes):
+    small = any(left.issubset(axes) for delta in value.deltas for axes in delta.axes)
+    if value.adapted and not (small or (pick.rows and len(left) <= 1 and not value.deltas)):
         return value
     interpreter.record(weight, eqn, "embedding", tuple(pick.axes), tuple(left), cost_of(value, pick.rows))
     return total(value)
@@ -103,6 +104,13 @@ class Pick(NamedTuple):
         indices = self.indices[..., jnp.array([self.columns[axes[d]] for d in own])]
         found = lax.gather(array, indices, numbers, sizes, fill_value=fill, **self.params)
         return found, (*self.rows, *(windows[d] for d in others))
+
+
+def _fillable(base: Network, pick: Pick, fill: Any) -> bool:
+    """Whether rows of the operands can be filled one by one: then so is their product, if it is by 0 or not a number."""
+    if len(base.operands) > 1 and not (fill is None or fill == 0 or fill != fill):
+        return False
+    return any({*pick.axes} <= {*axes} for axes in base.axes)
 
 
 def _pick(eqn: Any, weight: Factored, indices: jax.Array) -> Pick | None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.contract import Axes, Axis, Cost, Order, contract, letters, reshape, size_of, work
-from lora_jax.factored import Factored, Network, is_factored
+from lora_jax.factored import Factored, Network, after_lead, is_factored
 from lora_jax.interpreter import Interpreter, rule
 
 Operand = tuple[jax.Array, Axes]
@@ -37,7 +37,9 @@ def ragged_dot_general(interpreter: Interpreter, eqn: Any, x: Any, weight: Any, 
     parts = [
         eqn.primitive.bind(x, _array(term.at(weight.dtype), weight.dims), sizes, **eqn.params)
         if len(term.operands) == 1 and {*weight.axes}.issubset(*term.axes)
-        else _part(eqn, ragged, term.dropout(x) if term.dropout else x, term.at(weight.dtype), sizes)
+        else _part(
+            eqn, ragged, term.dropout(x) if term.dropout else x, term.at(weight.dtype), after_lead(term), sizes
+        )
         for term in weight.terms
     ]
     out = eqn.outvars[0].aval
@@ -82,7 +84,14 @@ class _Ragged(NamedTuple):
 
         def costs(term: Network) -> tuple[int, str]:
             operands = [self.even(self.x), *term.axes]
-            return work(operands, self.even(self.out), ("x", *letters(len(term.axes))), self.whole, self.order)
+            return work(
+                operands,
+                self.even(self.out),
+                ("x", *letters(len(term.axes))),
+                self.whole,
+                after_lead(term),
+                self.order,
+            )
 
         base, _ = (0, "") if weight.base is None else costs(weight.base)
         deltas = [costs(delta) for delta in weight.deltas]
@@ -103,7 +112,9 @@ def _named(eqn: Any, x: jax.Array, weight: Factored, order: Callable[..., Order]
     return _Ragged(_flat(names), batch, free, row, group, out, weight.whole - {*group}, order)
 
 
-def _part(eqn: Any, ragged: _Ragged, x: jax.Array, factors: Sequence[Operand], sizes: jax.Array) -> jax.Array:
+def _part(
+    eqn: Any, ragged: _Ragged, x: jax.Array, factors: Sequence[Operand], frozen: frozenset[int], sizes: jax.Array
+) -> jax.Array:
     """One network's part of the result, product by product."""
     result = eqn.outvars[0].aval
     exact = {"precision": eqn.params["precision"]}
@@ -112,8 +123,9 @@ def _part(eqn: Any, ragged: _Ragged, x: jax.Array, factors: Sequence[Operand], s
     if not any({*axes} & {*ragged.group} for _, axes in factors):
         # Groups that share all factors differ from rows of no group only.
         live = [(contract([*live, _members(ragged, sizes, x.dtype)], ragged.out, **exact, **wide), ragged.out)]
+        frozen = frozenset()
     axes = tuple(ragged.even(axes) for _, axes in live)
-    for i, j in ragged.order(axes, frozenset(ragged.even(ragged.out)), ragged.whole):
+    for i, j in ragged.order(axes, frozenset(ragged.even(ragged.out)), ragged.whole, frozen):
         right, left = live.pop(j), live.pop(i)
         options = exact if live else {**exact, **wide}
         kept = {*ragged.out, *_flat(axes for _, axes in live)}

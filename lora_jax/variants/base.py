@@ -16,7 +16,9 @@ from lora_jax.sites import Site
 
 Factors = dict[str, jax.Array]
 
+FROZEN = "frozen"
 RANK = "rank"
+SHARED = "shared"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Variant(abc.ABC):
     Attributes:
       invertible: Whether `unmerge` can take ΔW out of merged weights again.
       needs_axes: Whether the variant needs to know a leaf's in and out axes.
+      kinds: The kinds of leaves that it adapts, where it needs axes.
+      shared: The names of factors that all its leaves have in common; `pool` makes them.
       dropout: The probability that `dropout` drops an input of ΔW; a field of those variants that have it.
       registry: All variants by name, which is what a saved file knows them by.
     """
@@ -38,6 +42,8 @@ class Variant(abc.ABC):
     registry: ClassVar[dict[str, type[Variant]]] = {}
     invertible: ClassVar[bool] = True
     needs_axes: ClassVar[bool] = True
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "embedding")
+    shared: ClassVar[tuple[str, ...]] = ()
     dropout = 0.0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -95,9 +101,36 @@ class Variant(abc.ABC):
         """What `attach` puts at the leaf: base + ΔW."""
         return base.add(self.delta(factors, site))
 
+    def undo(self, merged: Factored, factors: Factors, site: Site) -> Factored:
+        """What `unmerge` puts at the leaf, from what `merge` made of it: merged - ΔW."""
+        value = self.apply(merged, factors, site)
+        deltas = tuple(dataclasses.replace(delta, scale=-delta.scale) for delta in value.deltas)
+        return dataclasses.replace(value, deltas=deltas)
+
     @abc.abstractmethod
     def labels(self) -> dict[str, str]:
-        """For each factor, the label that `optimizer` knows it by; "frozen" for one that does not train."""
+        """For each factor, the label that `optimizer` knows it by; "frozen" for one that does not train.
+
+        A frozen factor gets no gradient at all. Factors that not every leaf has are named too.
+        """
+
+    def names(self, site: Site) -> tuple[str, ...]:
+        """The factors that a leaf at this site has of its own."""
+        return tuple(name for name in self.labels() if name not in self.shared)
+
+    @property
+    def shared_path(self) -> str:
+        """Where `lora_params` holds the `shared` factors, once for all variants of the same path."""
+        return f"shared/{type(self).__name__}"
+
+    def pool(self, key: jax.Array, sites: Sequence[Site]) -> Factors:
+        """The `shared` factors, for leaves at these sites.
+
+        Args:
+          key: A key of their own.
+          sites: Those of all leaves whose variants have this `shared_path`.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.shared names factors, so it needs a method pool that makes them")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from lora_jax.initial.names import named
 from lora_jax.initial.start import Initialization, started
 from lora_jax.sites import Site
 from lora_jax.variants.base import Factors, Variant, rank_axis
+from lora_jax.variants.hyperparameters import check, check_fits
 from lora_jax.variants.initializers import initializer
 
 
@@ -25,6 +26,8 @@ class LoRA(Variant):
     A has the weight's batch axes, its in axes and the rank; B the batch axes, the rank and the out axes: of a kernel
     (in, out), A is (in, rank) and B is (rank, out). Both are kept in `dtype`, and cast at use to the dtype that the
     function computes in.
+
+    A training step of n inputs costs 4ndk + 6nr(d + k) FLOPs at a kernel (d, k), of which 4ndk are the base's.
 
     Args:
       rank: The number of columns of A and rows of B; at least 1, at most the smaller side of the weight.
@@ -56,18 +59,10 @@ class LoRA(Variant):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if int(self.rank) != self.rank or self.rank < 1:
-            raise ValueError(f"LoRA(rank={self.rank}): the rank is a whole number, 1 or more")
-        object.__setattr__(self, "rank", int(self.rank))
-        if self.alpha is not None:
-            if not (math.isfinite(self.alpha) and self.alpha):
-                raise ValueError(f"LoRA(alpha={self.alpha}): alpha is a finite number other than 0, or None for rank")
-            object.__setattr__(self, "alpha", float(self.alpha))
+        check(self)
         if self.scaling not in ("standard", "rank_stabilized"):
-            raise ValueError(f"LoRA(scaling={self.scaling!r}): the scaling is 'standard' or 'rank_stabilized'")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"LoRA(dropout={self.dropout}): the dropout is a probability, 0 or more and below 1")
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
+            name = type(self).__name__
+            raise ValueError(f"{name}(scaling={self.scaling!r}): the scaling is 'standard' or 'rank_stabilized'")
 
     @property
     def scale(self) -> float:
@@ -78,12 +73,7 @@ class LoRA(Variant):
     def initial(self, key: jax.Array, weight: Any, site: Site) -> tuple[Any, Factors]:
         """What `init` says: A random, B zero, and the weight as it is; or else factors that the weight is less by."""
         batch, inner, outer = site.sizes()
-        limit = min(math.prod(inner), math.prod(outer))
-        if self.rank > limit:
-            raise ValueError(
-                f"rank {self.rank} is above {limit}, the smaller of the in and out sizes {inner}, {outer}: lower the "
-                "rank, leave the path out, or train the leaf itself with Full()"
-            )
+        check_fits(self.rank, site)
         how = named(self.init) if isinstance(self.init, str) else self.init
         if isinstance(how, Initialization):
             return started(how, key, weight, site, self.rank, self.scale, self.dtype)
