@@ -85,7 +85,7 @@ def _variant(run: str, config: dict[str, Any], side: str) -> lora.Variant:
 
 
 def inner(tensor, site):
-    """(rank, in) as (in, rank); of a convolution (rank, in, height, width), flat perhaps, as (height, width, in, rank)."""
+    """(rank, in) as (in, rank); of a convolution (rank, in, height, width), or flat, as (height, width, in, rank)."""
     if len(site.shape) == 2:
         return tensor.T
     height, width, inputs, _ = site.shape

@@ -14,9 +14,9 @@ import optax
 import peft_reference
 import pytest
 from checks import error
+from peft_reference import MODELS, RUNS, model, recorded
 
 import lora_jax as lora
-from peft_reference import MODELS, RUNS, model, recorded
 
 pytestmark = pytest.mark.standard_promotion  # optax's Adam
 
