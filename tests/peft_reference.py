@@ -92,6 +92,13 @@ def inner(tensor, site):
     return tensor.reshape(-1, inputs, height, width).transpose(2, 3, 1, 0)
 
 
+def windowed(tensor, site):
+    """(out, in) as (in, out); of a convolution (out, in, height, width), or flat, as (height, width, in, out)."""
+    window = [site.shape[d] for d in site.window_axes]
+    tensor = tensor.reshape(len(tensor), -1, *window)
+    return tensor.transpose(*range(2, tensor.ndim), 1, 0)
+
+
 def outer(tensor, site):
     """(out, rank), of a convolution (out, rank, 1, 1), as (rank, out)."""
     return tensor.reshape(tensor.shape[:2]).T
@@ -126,9 +133,9 @@ FACTORS = {
         "C": (turned, "lokr_w1"),
         "C1": (turned, "lokr_w1_b"),
         "C2": (turned, "lokr_w1_a"),
-        "A": (turned, "lokr_w2_b"),
+        "A": (windowed, "lokr_w2_b"),
         "B": (turned, "lokr_w2_a"),
-        "AB": (turned, "lokr_w2"),
+        "AB": (windowed, "lokr_w2"),
     },
     "IA3": {"scale": (flat, "ia3_l")},
 }
