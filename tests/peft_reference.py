@@ -79,8 +79,9 @@ def _variant(run: str, config: dict[str, Any], side: str) -> lora.Variant:
             return lora.LoKr(rank=rank, alpha=alpha, decompose_both=config.get("decompose_both", False))
         case ["ia3"]:
             return lora.IA3(side)
-        case ["adalora"]:
-            return lora.AdaLoRA(rank=config["init_r"], alpha=alpha)
+        case ["adalora", *_]:
+            rank = config["init_r"]
+            return lora.AdaLoRA(rank=rank, alpha=alpha * rank / (rank + 1e-5))  # PEFT divides by the latter
     raise ValueError(f"{run!r} is a run that no variant answers to: say here which does")
 
 
@@ -137,6 +138,7 @@ FACTORS = {
         "B": (turned, "lokr_w2_a"),
         "AB": (windowed, "lokr_w2"),
     },
+    "AdaLoRA": {"A": (inner, "lora_A"), "E": (flat, "lora_E"), "B": (outer, "lora_B")},
     "IA3": {"scale": (flat, "ia3_l")},
 }
 

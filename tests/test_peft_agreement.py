@@ -17,6 +17,7 @@ from checks import error
 from peft_reference import MODELS, RUNS, model, recorded
 
 import lora_jax as lora
+from lora_jax import budget
 
 pytestmark = pytest.mark.standard_promotion  # optax's Adam
 
@@ -58,6 +59,12 @@ def attached(frozen, lora_params):
     return {**lora.attach(frozen, lora_params), **scaled}
 
 
+def penalty(name, lora_params):
+    """What PEFT's AdaLoRA adds to the loss of a language model."""
+    of, run, *_ = name.split("-")
+    return 0.5 * budget.orthogonality(lora_params) if run == "adalora" and of != "conv" else 0.0
+
+
 @functools.cache
 def step(name):
     """One step of Adam: compiled once for everything that is asked of a run."""
@@ -68,7 +75,7 @@ def step(name):
     def step(lora_params, state, frozen):
         def objective(lora_params):
             logits, loss = lora.lift(result)(attached(frozen, lora_params))
-            return loss, logits
+            return loss + penalty(name, lora_params), logits
 
         (loss, logits), grads = jax.value_and_grad(objective, has_aux=True)(lora_params)
         updates, state = tx.update(grads, state, lora_params)
@@ -85,28 +92,55 @@ def test_the_tiny_models_agree_with_theirs(name):
     assert float(loss) == pytest.approx(float(recorded(name)["loss"]), rel=1e-6)
 
 
-def trained(name, frozen, lora_params):
-    """The losses of training, and the gradients of its first step."""
+def trained(name, frozen, lora_params, after=lambda lora_params, grads: lora_params):
+    """The losses of training, and the gradients of its first step; `after` each step adapters may be changed."""
     run, tx = step(name)
     state, losses, first = tx.init(lora_params), [], None
     for _ in recorded(name)["losses"]:
         lora_params, state, loss, _, grads = run(lora_params, state, frozen)
         losses.append(float(loss))
         first = first or grads
+        lora_params = after(lora_params, grads)
     return np.array(losses), first
 
 
-@pytest.mark.parametrize("name", RUNS)
+def pruning(name, lora_params):
+    """What AdaLoRA does to adapters after a step, and the entries that it has left, by path, after each step."""
+    kept = {path: [] for path in lora_params}
+    if not name.endswith("budget"):
+        return (lambda lora_params, grads: lora_params), kept
+    config = json.loads(str(recorded(name)["config"]))
+    schedule = budget.Schedule(*(config[key] for key in ("total_step", "target_r", "tinit", "tfinal", "deltaT")))
+    allocate, state = jax.jit(functools.partial(budget.allocate, schedule)), budget.init(lora_params)
+
+    def after(lora_params, grads):
+        nonlocal state
+        lora_params, state = allocate(state, lora_params, grads)
+        for path, adapter in lora_params.items():
+            kept[path].append(adapter.factors["E"] != 0)
+        return lora_params
+
+    return after, kept
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def name(request):
+    """A run; with this scope pytest puts its tests next to each other, so that one process compiles its step."""
+    return request.param
+
+
 def test_twenty_steps(name):
     frozen, adapters = prepared(name)
-    losses, first = trained(name, frozen, adapters("init"))
+    after, kept = pruning(name, adapters("init"))
+    losses, first = trained(name, frozen, adapters("init"), after)
     expected = recorded(name)["losses"]
     assert len(expected) == 21 and expected[-1] < expected[0]
     assert error(first, adapters("gradient")) < 1e-5
     assert max(abs(losses - expected)) < 3e-5
+    for key, entries in recorded(name).get("kept", {}).items():
+        np.testing.assert_array_equal(kept[key.replace("lora_E", "weight")][:20], entries[..., 0])
 
 
-@pytest.mark.parametrize("name", RUNS)
 def test_at_random_factors(name):
     frozen, adapters = prepared(name)
     run, tx = step(name)
@@ -117,7 +151,7 @@ def test_at_random_factors(name):
     assert error(grads, adapters("random_gradient")) < 1e-5
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name.split("-")[1] in ("pissa", "olora")])
+@pytest.mark.parametrize("name", [name for name in RUNS if name.endswith(("pissa", "olora"))], indirect=True)
 def test_initializations_from_the_weight(name):
     """Singular vectors are so up to their signs, which A·B, the base that is left and Adam's steps do not see."""
     of = name.split("-")[0]
