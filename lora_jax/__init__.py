@@ -15,13 +15,14 @@ from lora_jax.initial.relative import relative_to
 from lora_jax.initial.start import Initialization, Start
 from lora_jax.interpreter import Interpreter, MaterializeError, rule
 from lora_jax.lift import UnusedError, lift
-from lora_jax.optim import optimizer
+from lora_jax.optim import fa_gradients, lora_plus, optimizer
 from lora_jax.sites import Site, Sites, sites
 from lora_jax.summary import Summary, summary
 from lora_jax.uses import Use
-from lora_jax.variants import IA3, DoRA, Full, LoHa, LoKr, LoRA, Variant, VeRA
+from lora_jax.variants import IA3, AdaLoRA, DoRA, Full, LoHa, LoKr, LoRA, LoRAFA, LoRAXS, Variant, VeRA
 
 __all__ = [
+    "AdaLoRA",
     "Adapter",
     "Cost",
     "DoRA",
@@ -36,6 +37,8 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "LoRAFA",
+    "LoRAXS",
     "MaterializeError",
     "Moments",
     "Network",
@@ -53,10 +56,12 @@ __all__ = [
     "dropout",
     "eva",
     "explain",
+    "fa_gradients",
     "lift",
     "load",
     "loftq",
     "lora_ga",
+    "lora_plus",
     "materialize",
     "merge",
     "optimizer",

@@ -94,7 +94,8 @@ def split(
 def attach(frozen: Any, lora_params: Mapping[str, Adapter]) -> Any:
     """The frozen tree with each adapted leaf made a `Factored` that holds base and ΔW apart, for a lifted function.
 
-    No arithmetic is done, but for what a variant needs that is smaller than the leaf, such as DoRA's norms. The result is a pytree like any other: it may be an argument of a jitted function.
+    No arithmetic is done, but for what a variant needs that is smaller than the leaf, such as DoRA's norms. The result
+    is a pytree like any other: it may be an argument of a jitted function.
 
     Args:
       frozen: What `split` returned first, or any tree with leaves of the same shapes at the same paths.
@@ -192,7 +193,7 @@ def unmerge(params: Any, lora_params: Mapping[str, Adapter]) -> Any:
     for path, adapter in lora_params.items():
         if not adapter.variant.invertible:
             raise ValueError(
-                f"{path!r}: {type(adapter.variant).__name__} replaces the leaf's own value, so its merging cannot be undone: "
+                f"{path!r}: {type(adapter.variant).__name__} replaces the leaf, so its merging cannot be undone: "
                 "keep the frozen tree, or leave the path out of lora_params (the leaf then keeps its trained value)"
             )
     leaves, treedef = tree.flatten(params, is_leaf=is_factored)

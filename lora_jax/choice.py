@@ -109,8 +109,8 @@ def _placed(path: str, chosen: Variant | Placed, leaf: Any, sites: Mapping[str, 
     if variant.needs_axes and site.kind not in variant.kinds:
         name = type(variant).__name__
         raise ValueError(
-            f"{path!r} is of kind {site.kind!r}, and {name} adapts leaves of kind {', '.join(variant.kinds)} alone: give "
-            "it another variant, such as LoRA(rank=8), or leave it out"
+            f"{path!r} is of kind {site.kind!r}, and {name} adapts leaves of kind {', '.join(variant.kinds)} alone: "
+            "give it another variant, such as LoRA(rank=8), or leave it out"
         )
     return variant, dataclasses.replace(site, uses=())
 

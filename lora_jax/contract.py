@@ -99,7 +99,8 @@ def order(
     >>> n, d, r, k = Axis("n", 64), Axis("d", 512), Axis("r", 8), Axis("k", 512)
     >>> order(((n, d), (d, r), (r, k)), frozenset({n, k}))  # (x·A)·B, not x·(A·B)
     ((0, 1), (0, 1))
-    >>> order(((n, d), (d, r), (r, k), (k,)), frozenset({n, k}), frozen=frozenset({1, 2}))  # ((x·A)·B)·b, not (x·A)·(B·b)
+    >>> operands = (n, d), (d, r), (r, k), (k,)
+    >>> order(operands, frozenset({n, k}), frozen=frozenset({1, 2}))  # ((x·A)·B)·b, not (x·A)·(B·b)
     ((0, 1), (0, 1), (0, 1))
     """
     return _search(operands, out, whole, frozen, lead)[1]

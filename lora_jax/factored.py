@@ -380,7 +380,9 @@ def total(value: Factored, dtype: Any = None, precision: Any = None) -> jax.Arra
     """The sum of the value's networks: an array of its own dtype, computed in `dtype`, or else in that too."""
     if not value.terms:
         return jnp.zeros(value.shape, value.dtype)
-    terms = [contract(t.at(dtype or value.dtype), value.axes, frozen=t.frozen, precision=precision) for t in value.terms]
+    terms = [
+        contract(t.at(dtype or value.dtype), value.axes, frozen=t.frozen, precision=precision) for t in value.terms
+    ]
     return reshape(functools.reduce(jnp.add, terms).astype(value.dtype), value.shape)
 
 

@@ -96,7 +96,10 @@ def reduce_sum(interpreter: Interpreter, eqn: Any, weight: Factored) -> Any:
     if any(len(a) > 1 and not WITHOUT_LEAD(tuple(a), frozenset(value.axes), weight.whole) for a in axes):
         return NotImplemented
     interpreter.record(weight, eqn, "sum")
-    terms = [contract(t.at(out.dtype), value.axes, whole=weight.whole, frozen=t.frozen, order=WITHOUT_LEAD) for t in value.terms]
+    terms = [
+        contract(t.at(out.dtype), value.axes, whole=weight.whole, frozen=t.frozen, order=WITHOUT_LEAD)
+        for t in value.terms
+    ]
     return reshaped(functools.reduce(jnp.add, terms, jnp.zeros((), out.dtype)), out.shape)
 
 

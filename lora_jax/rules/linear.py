@@ -133,9 +133,7 @@ class Product:
         for term in weight.terms:
             names = ("W", *letters(len(term.axes))) if term is weight.base else letters(len(term.axes))
             axes = (self.x_axes, *term.axes)
-            flops, word = work(
-                axes, self.out, ("x", *names)[: len(axes)], self.whole, after_lead(term), self.order
-            )
+            flops, word = work(axes, self.out, ("x", *names)[: len(axes)], self.whole, after_lead(term), self.order)
             if term is weight.base:
                 base += flops
             else:

@@ -107,7 +107,7 @@ class Pick(NamedTuple):
 
 
 def _fillable(base: Network, pick: Pick, fill: Any) -> bool:
-    """Whether rows of the operands can be filled one by one: then so is their product, if it is by 0 or not a number."""
+    """Whether rows of each operand can be filled, and their product is then too, as by 0 or what is not a number."""
     if len(base.operands) > 1 and not (fill is None or fill == 0 or fill != fill):
         return False
     return any({*pick.axes} <= {*axes} for axes in base.axes)

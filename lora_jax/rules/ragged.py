@@ -37,9 +37,7 @@ def ragged_dot_general(interpreter: Interpreter, eqn: Any, x: Any, weight: Any, 
     parts = [
         eqn.primitive.bind(x, _array(term.at(weight.dtype), weight.dims), sizes, **eqn.params)
         if len(term.operands) == 1 and {*weight.axes}.issubset(*term.axes)
-        else _part(
-            eqn, ragged, term.dropout(x) if term.dropout else x, term.at(weight.dtype), after_lead(term), sizes
-        )
+        else _part(eqn, ragged, term.dropout(x) if term.dropout else x, term.at(weight.dtype), after_lead(term), sizes)
         for term in weight.terms
     ]
     out = eqn.outvars[0].aval

@@ -130,7 +130,9 @@ class Variant(abc.ABC):
           key: A key of their own.
           sites: Those of all leaves whose variants have this `shared_path`.
         """
-        raise NotImplementedError(f"{type(self).__name__}.shared names factors, so it needs a method pool that makes them")
+        raise NotImplementedError(
+            f"{type(self).__name__}.shared names factors, so it needs a method pool that makes them"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

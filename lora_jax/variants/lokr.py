@@ -78,7 +78,9 @@ class LoKr(Variant):
         for name, own in zip(axes, jax.random.split(key, len(axes)), strict=True):
             shape = tuple(axis.size for axis in axes[name])
             inputs = [axis for axis in axes[name] if axis in (*inner.major, *inner.minor, *_window(site))]
-            draw = self.init if callable(self.init) else initializer(self.init, size_of(inputs) if inputs else self.rank)
+            draw = (
+                self.init if callable(self.init) else initializer(self.init, size_of(inputs) if inputs else self.rank)
+            )
             draw = jax.nn.initializers.zeros if name in ("C", "C2") else draw
             factors[name] = jnp.asarray(draw(own, shape, self.dtype), self.dtype)
         return weight, factors

@@ -21,9 +21,9 @@ class VeRA(Variant):
     """Vector-based random matrix adaptation: y = x·W + b∘((d∘(x·A))·B), with A and B random, frozen and shared.
 
     A is (the most inputs of any leaf, rank) and B (rank, the most outputs); a leaf takes the first rows of A and the
-    first columns of B that it needs. `lora_params` holds them once, under "shared/VeRA-<rank>-<dtype>", and `save` writes
-    them; `lora_jax.shared` makes that entry from projections that come from elsewhere. A leaf has d, (rank,), and b,
-    of the weight's out axes; both have its batch axes too.
+    first columns of B that it needs. `lora_params` holds them once, under "shared/VeRA-<rank>-<dtype>", and `save`
+    writes them; `lora_jax.shared` makes that entry from projections that come from elsewhere. A leaf has d, (rank,),
+    and b, of the weight's out axes; both have its batch axes too.
 
     A training step of n inputs costs 4ndk + 4nr(d + k) + 3nr + 3nk FLOPs at a kernel (d, k), of which 4ndk are the
     base's: what is frozen needs no gradient.
