@@ -73,7 +73,7 @@ def started(
     if isinstance(weight, jax.ShapeDtypeStruct):
         raise ValueError(f"init={how.name!r} reads the leaf, and this one has no values: split inside jax.eval_shape")
     batch, inner, outer = site.sizes()
-    wide = jnp.promote_types(weight.dtype, "float32")
+    wide = wide_dtype(weight)
     with jax.default_matmul_precision("highest"):
         matrices = to_matrices(jnp.asarray(weight, wide), site)
         a, b, base = how.start(key, matrices, site, rank, scale)
@@ -89,6 +89,15 @@ def started(
         if base is None and b is not None:
             base = matrices - scale * (a.astype(wide) @ b.astype(wide))
     return (weight if base is None else from_matrices(base, site).astype(weight.dtype)), factors
+
+
+def wide_dtype(array: Any) -> Any:
+    """float32, or the array's own dtype where that is wider.
+
+    >>> wide_dtype(jnp.ones(2, "bfloat16"))
+    dtype('float32')
+    """
+    return max(jnp.dtype("float32"), jnp.dtype(array.dtype), key=lambda dtype: dtype.itemsize)
 
 
 def to_matrices(weight: jax.Array, site: Site) -> jax.Array:
