@@ -130,7 +130,7 @@ def test_models_need_no_hooks(model):
     for path, moments in captured.items():
         sizes, inner, _ = linear[path].sizes()
         assert moments.second.shape == (*sizes, np.prod(inner), np.prod(inner))
-        assert bool((moments.count == batch[0].size).all())
+        assert bool((moments.tokens == batch[0].size).all())
         assert bool((jnp.linalg.eigvalsh(moments.second)[..., -1] > 0).all())
 
 

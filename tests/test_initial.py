@@ -174,7 +174,6 @@ def test_a_leaf_without_values_has_no_decomposition(name):
 @dataclasses.dataclass(frozen=True, eq=False)
 class Given(lora.Initialization):
     array: jax.Array
-    name = "given"
 
     def start(self, key, weight, site, rank, scale):
         return lora.Start(self.array)
@@ -188,7 +187,7 @@ def test_an_adapter_keeps_no_array_that_it_began_from():
     _, drawn = split(*_first(), again)
     step = jax.jit(lambda lp: lora.merge(frozen, lp))
     step(lora_params)
-    assert lora_params["w"].variant.init == "given"
+    assert lora_params["w"].variant.init == "Given"
     assert drawn["w"].variant.init == "<lambda>"
     assert jax.tree.structure(lora_params) == jax.tree.structure(drawn) and step._cache_size() == 1
     lora_params["w"].factors.clear()
@@ -198,7 +197,7 @@ def test_an_adapter_keeps_no_array_that_it_began_from():
 
 
 def test_an_initialization_of_another_shape_is_an_error():
-    with pytest.raises(ValueError, match=r"'w'.*init='given'.*\(11, 2\)"):
+    with pytest.raises(ValueError, match=r"'w'.*init='Given'.*\(11, 2\)"):
         split(*_first(), lora.LoRA(rank=2, init=Given(normal(11, 2))))
 
 

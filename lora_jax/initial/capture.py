@@ -31,12 +31,12 @@ class Moments(NamedTuple):
     Attributes:
       second: Σ xᵀx, (*batch, in, in): one for each layer or expert of a stacked leaf.
       first: Σ x, (*batch, in).
-      count: The number of tokens, (*batch,).
+      tokens: How many, (*batch,).
     """
 
     second: jax.Array
     first: jax.Array
-    count: jax.Array
+    tokens: jax.Array
 
 
 def capture(fun: Callable[..., Any], sites: Mapping[str, Site]) -> Callable[..., dict[str, Moments]]:
@@ -66,7 +66,7 @@ def capture(fun: Callable[..., Any], sites: Mapping[str, Site]) -> Callable[...,
     >>> def model(params, x):
     ...     return jnp.tanh(x @ params["w"])
     >>> moments = jax.jit(lora.capture(model, lora.sites(model, params, x)))(params, x)["w"]
-    >>> bool((moments.second == x.T @ x).all()), moments.first, moments.count
+    >>> bool((moments.second == x.T @ x).all()), moments.first, moments.tokens
     (True, Array([18., 22., 26.], dtype=float32), Array(4., dtype=float32))
     """
     for path, site in sites.items():
