@@ -83,7 +83,7 @@ def split(
         try:
             frozen[path], factors = variant.initial(_key_of(key, path), arrays[path], site)
         except ValueError as error:
-            raise ValueError(f"{path!r} {site.shape} as {variant}: {error}") from error
+            raise ValueError(f"{path!r} {site.shape} as {variant.begun()}: {error}") from error
         lora_params[path] = Adapter(factors, variant.begun(), site)
     lora_params |= _pools(key, leaves, lora_params)
     if not lora_params:

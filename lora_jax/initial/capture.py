@@ -31,12 +31,12 @@ class Moments(NamedTuple):
     Attributes:
       second: Σ xᵀx, (*batch, in, in): one for each layer or expert of a stacked leaf.
       first: Σ x, (*batch, in).
-      count: The number of tokens, (*batch,).
+      tokens: How many, (*batch,).
     """
 
     second: jax.Array
     first: jax.Array
-    count: jax.Array
+    tokens: jax.Array
 
 
 def capture(fun: Callable[..., Any], sites: Mapping[str, Site]) -> Callable[..., dict[str, Moments]]:
@@ -66,7 +66,7 @@ def capture(fun: Callable[..., Any], sites: Mapping[str, Site]) -> Callable[...,
     >>> def model(params, x):
     ...     return jnp.tanh(x @ params["w"])
     >>> moments = jax.jit(lora.capture(model, lora.sites(model, params, x)))(params, x)["w"]
-    >>> bool((moments.second == x.T @ x).all()), moments.first, moments.count
+    >>> bool((moments.second == x.T @ x).all()), moments.first, moments.tokens
     (True, Array([18., 22., 26.], dtype=float32), Array(4., dtype=float32))
     """
     for path, site in sites.items():
@@ -94,7 +94,7 @@ def capture(fun: Callable[..., Any], sites: Mapping[str, Site]) -> Callable[...,
 
 
 def _axes(site: Site) -> Axes:
-    """A ledger's axes: those of the leaf's batch and in dimensions, and one for Σ x·xⱼ of each j, for Σ x, the count."""
+    """A ledger's axes: those of the leaf's batch and in dimensions, and one for Σ x·xⱼ of each j, Σ x and the count."""
     batch, inner, _ = site.axes()
     return *batch, *inner, Axis(MOMENT, size_of(inner) + 2)
 
@@ -165,7 +165,8 @@ def _written_backward(where: tuple[Axes, Axes, Axes], x: jax.Array, dy: jax.Arra
     shared = tuple(axis for axis in axes if axis in ledger and axis not in inner)
     rows = tuple(axis for axis in axes if axis not in ledger)
     order = [axes.index(axis) for axis in (*shared, *rows, *inner)]
-    flat = jnp.transpose(x, order).reshape(*(axis.size for axis in shared), -1, size_of(inner)).astype(jnp.float32)
+    named_x = x.reshape([axis.size for axis in axes]).astype(jnp.float32)
+    flat = jnp.transpose(named_x, order).reshape(*(axis.size for axis in shared), -1, size_of(inner))
     second = jnp.einsum("...ni,...nj->...ij", flat, flat, precision=lax.Precision.HIGHEST)
     count = jnp.full((*second.shape[:-1], 1), flat.shape[-2], jnp.float32)
     sums = jnp.concatenate([second, jnp.sum(flat, -2)[..., None], count], -1)

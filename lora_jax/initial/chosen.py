@@ -53,7 +53,7 @@ def only_linear(name: str, adapted: Mapping[str, tuple[LoRA, Site]]) -> None:
             )
 
 
-def as_rules(adapted: Mapping[str, tuple[Variant | None, Site]]) -> Callable[[str, Site], Placed | None]:
+def as_rules(adapted: Mapping[str, tuple[Variant | None, Site]]) -> Callable[[str, Site], Placed | Variant | None]:
     """A rule that says for each path the variant that it has here, with the axes it has here."""
     placed = {
         path: variant and Placed(variant, site.batch_axes, site.in_axes, site.out_axes) if site.adaptable else variant

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -84,16 +85,29 @@ class CorDA(Initialization):
     second: jax.Array = dataclasses.field(repr=False)
     mode: str
     damping: float
-    name = "corda"
+
+    @property
+    def name(self) -> str:
+        """The name that an adapter's variant keeps."""
+        return "corda"
 
     def start(self, key: jax.Array, weight: jax.Array, site: Site, rank: int, scale: float) -> Start:
-        """C's inverse by its eigenvalues, which the damping keeps away from zero."""
-        values, vectors = jnp.linalg.eigh(self.second.astype(weight.dtype))
-        # Of inputs that are all zero, C counts as the identity.
-        mean = jnp.mean(values, -1, keepdims=True)
-        values = jnp.maximum(jnp.where(mean > 0, values / jnp.where(mean > 0, mean, 1), 1), 0) + self.damping
-        transposed = jnp.swapaxes(vectors, -1, -2)
-        u, s, vt = jnp.linalg.svd((vectors * values[..., None, :]) @ transposed @ weight, full_matrices=False)
-        part = slice(rank) if self.mode == "ipm" else slice(s.shape[-1] - rank, None)
-        u = (vectors / values[..., None, :]) @ transposed @ u[..., part]
-        return Start(*halves(u, s[..., part], vt[..., part, :], scale))
+        """The components of this leaf's C·W."""
+        smallest = self.mode == "kpm"
+        return Start(*_part(self.second.astype(weight.dtype), weight, rank, scale, smallest, self.damping))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _part(
+    second: jax.Array, weight: jax.Array, rank: int, scale: float, smallest: bool, damping: float
+) -> tuple[jax.Array, jax.Array]:
+    """A and B, with C's inverse by its eigenvalues, which the damping keeps away from zero."""
+    values, vectors = jnp.linalg.eigh(second)
+    # Of inputs that are all zero, C counts as the identity.
+    mean = jnp.mean(values, -1, keepdims=True)
+    values = jnp.maximum(jnp.where(mean > 0, values / jnp.where(mean > 0, mean, 1), 1), 0) + damping
+    transposed = jnp.swapaxes(vectors, -1, -2)
+    u, s, vt = jnp.linalg.svd((vectors * values[..., None, :]) @ transposed @ weight, full_matrices=False)
+    part = slice(s.shape[-1] - rank, None) if smallest else slice(rank)
+    u = (vectors / values[..., None, :]) @ transposed @ u[..., part]
+    return halves(u, s[..., part], vt[..., part, :], scale)

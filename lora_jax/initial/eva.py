@@ -87,7 +87,11 @@ class EVA(Initialization):
     """A = the principal components of the inputs, (*batch, in, rank), orthonormal; B = 0."""
 
     components: jax.Array = dataclasses.field(repr=False)
-    name = "eva"
+
+    @property
+    def name(self) -> str:
+        """The name that an adapter's variant keeps."""
+        return "eva"
 
     def start(self, key: jax.Array, weight: jax.Array, site: Site, rank: int, scale: float) -> Start:
         """The components as they are."""
@@ -125,13 +129,19 @@ def redistributed(ratios: Mapping[str, np.ndarray], ranks: Mapping[str, tuple[in
 
 def _components(path: str, moments: Moments) -> tuple[jax.Array, np.ndarray]:
     """The principal components of the inputs, (*batch, in, in), and the share of variance that each explains."""
-    count = moments.count[..., None, None]
     known_inputs(path, moments)
+    vectors, ratios = _principal(moments)
+    return vectors, np.asarray(ratios)
+
+
+@jax.jit
+def _principal(moments: Moments) -> tuple[jax.Array, jax.Array]:
+    count = moments.tokens[..., None, None]
     mean = moments.first[..., None] / count
-    covariance = moments.second / count - mean * jnp.swapaxes(mean, -1, -2)
-    values, vectors = jnp.linalg.eigh(covariance)
-    values = np.maximum(np.asarray(values)[..., ::-1], 0)
-    return vectors[..., ::-1], values / np.maximum(values.sum(-1, keepdims=True), np.finfo(np.float32).tiny)
+    values, vectors = jnp.linalg.eigh(moments.second / count - mean * jnp.swapaxes(mean, -1, -2))
+    values = jnp.maximum(values[..., ::-1], 0)
+    total = jnp.maximum(jnp.sum(values, -1, keepdims=True), jnp.finfo(values.dtype).tiny)
+    return vectors[..., ::-1], values / total
 
 
 def known_inputs(path: str, moments: Moments) -> None:
@@ -140,7 +150,7 @@ def known_inputs(path: str, moments: Moments) -> None:
     Raises:
       ValueError: So it is.
     """
-    if not bool((moments.count > 0).all()):
+    if not bool((moments.tokens > 0).all()):
         raise ValueError(
             f"{path!r} has no input that could be captured: it is used behind `stop_gradient`, along other axes "
             "than its site's, or multiplied by another weight first. Leave it out of these rules"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lora_jax.choice import Rules
 from lora_jax.initial.chosen import mapped
-from lora_jax.initial.pissa import halves
+from lora_jax.initial.pissa import principal
 from lora_jax.initial.start import Initialization, Start, from_matrices, to_matrices
 from lora_jax.sites import Site
 
@@ -56,7 +56,11 @@ class LoftQ(Initialization):
 
     quantize: Callable[[jax.Array], jax.Array]
     iterations: int
-    name = "loftq"
+
+    @property
+    def name(self) -> str:
+        """The name that an adapter's variant keeps."""
+        return "loftq"
 
     def start(self, key: jax.Array, weight: jax.Array, site: Site, rank: int, scale: float) -> Start:
         """The quantized weight, and the largest components of what it lacks."""
@@ -67,7 +71,6 @@ class LoftQ(Initialization):
             if leaf.shape != site.shape:
                 raise ValueError(f"quantize returned an array of shape {leaf.shape} for a leaf of shape {site.shape}")
             quantized = to_matrices(leaf.astype(weight.dtype), site)
-            u, s, vt = jnp.linalg.svd(weight - quantized, full_matrices=False)
-            a, b = halves(u[..., :rank], s[..., :rank], vt[..., :rank, :], scale)
+            a, b = principal(weight - quantized, rank, scale)
             part = scale * (a @ b)
         return Start(a, b, quantized)

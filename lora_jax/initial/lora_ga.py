@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from lora_jax import tree
 from lora_jax.choice import Rules
 from lora_jax.initial.chosen import as_rules, begun_from, chosen, total_over
-from lora_jax.initial.start import Initialization, Start, to_matrices
+from lora_jax.initial.start import Initialization, Start, to_matrices, wide_dtype
 from lora_jax.sites import Site
 
 
@@ -75,7 +76,7 @@ def lora_ga(
             return fun(tree.unflatten(treedef, {**leaves, **some}), batch)
 
         found = jax.grad(loss)({path: jnp.asarray(leaves[path]) for path in begun})
-        return {path: grad.astype(jnp.promote_types(grad.dtype, "float32")) for path, grad in found.items()}
+        return {path: grad.astype(wide_dtype(grad)) for path, grad in found.items()}
 
     total, n = total_over(gradients, params, batches)
     found = {}
@@ -85,11 +86,17 @@ def lora_ga(
                 f"lora_ga: the gradient by {path!r} is zero or not finite: the loss does not depend on the leaf, or "
                 "there is NaN in params or batches"
             )
-        u, _, vt = jnp.linalg.svd(to_matrices(total[path] / n, site), full_matrices=False)
-        r = variant.rank
-        c = vt.shape[-1] ** 0.25 / gamma**0.5
-        found[path] = dataclasses.replace(variant, init=LoRAGA(c * u[..., :r], c * vt[..., r : 2 * r, :])), site
+        init = LoRAGA(*_along(to_matrices(total[path] / n, site), variant.rank, gamma))
+        found[path] = dataclasses.replace(variant, init=init), site
     return as_rules({**adapted, **found})
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _along(gradient: jax.Array, rank: int, gamma: float) -> tuple[jax.Array, jax.Array]:
+    """A and B along the first singular vectors of a gradient on the left, and along the next on the right."""
+    u, _, vt = jnp.linalg.svd(gradient, full_matrices=False)
+    c = gradient.shape[-1] ** 0.25 / gamma**0.5
+    return c * u[..., :rank], c * vt[..., rank : 2 * rank, :]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,7 +105,11 @@ class LoRAGA(Initialization):
 
     a: jax.Array = dataclasses.field(repr=False)
     b: jax.Array = dataclasses.field(repr=False)
-    name = "lora_ga"
+
+    @property
+    def name(self) -> str:
+        """The name that an adapter's variant keeps."""
+        return "lora_ga"
 
     def start(self, key: jax.Array, weight: jax.Array, site: Site, rank: int, scale: float) -> Start:
         """The factors as they are."""

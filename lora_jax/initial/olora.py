@@ -28,7 +28,10 @@ class OLoRA(Initialization):
     True
     """
 
-    name = "olora"
+    @property
+    def name(self) -> str:
+        """The name that `LoRA(init=...)` knows it by."""
+        return "olora"
 
     def start(self, key: jax.Array, weight: jax.Array, site: Site, rank: int, scale: float) -> Start:
         """From the QR decomposition of the transposed weight."""

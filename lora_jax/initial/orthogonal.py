@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,18 +34,26 @@ class Orthogonal(Initialization):
     True
     """
 
-    name = "orthogonal"
+    @property
+    def name(self) -> str:
+        """The name that `LoRA(init=...)` knows it by."""
+        return "orthogonal"
 
     def start(self, key: jax.Array, weight: jax.Array, site: Site, rank: int, scale: float) -> Start:
         """Random factors of which each uses half of the rank's dimensions, rotated."""
         if rank % 2:
             raise ValueError(f"init='orthogonal' shares the rank's dimensions between A and B, and rank {rank} is odd")
-        *batch, n, k = weight.shape
-        keys = jax.random.split(key, 3)
-        rotation, left, right = (
-            jax.random.normal(key, (*batch, *shape), weight.dtype)
-            for key, shape in zip(keys, ((rank, rank), (n, rank // 2), (rank // 2, k)), strict=True)
-        )
-        rotation, _ = jnp.linalg.qr(rotation)
-        odd, even = rotation[..., 0::2, :], rotation[..., 1::2, :]
-        return Start(left @ odd / 10, jnp.swapaxes(even, -1, -2) @ right / 10)
+        return Start(*_drawn(key, weight.shape, rank, weight.dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _drawn(key: jax.Array, shape: tuple[int, ...], rank: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    *batch, n, k = shape
+    keys = jax.random.split(key, 3)
+    rotation, left, right = (
+        jax.random.normal(key, (*batch, *shape), dtype)
+        for key, shape in zip(keys, ((rank, rank), (n, rank // 2), (rank // 2, k)), strict=True)
+    )
+    rotation, _ = jnp.linalg.qr(rotation)
+    odd, even = rotation[..., 0::2, :], rotation[..., 1::2, :]
+    return left @ odd / 10, jnp.swapaxes(even, -1, -2) @ right / 10

@@ -50,12 +50,18 @@ class PiSSA(Initialization):
     def start(self, key: jax.Array, weight: jax.Array, site: Site, rank: int, scale: float) -> Start:
         """The principal part, half of each singular value on either side."""
         if self.iterations is None:
-            u, s, vt = jnp.linalg.svd(weight, full_matrices=False)
-        else:
-            u, s, vt = randomized_svd(key, weight, rank, self.iterations)
-        return Start(*halves(u[..., :rank], s[..., :rank], vt[..., :rank, :], scale))
+            return Start(*principal(weight, rank, scale))
+        return Start(*halves(*randomized_svd(key, weight, rank, self.iterations), scale))
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def principal(matrix: jax.Array, rank: int, scale: float) -> tuple[jax.Array, jax.Array]:
+    """A and B with scale·A·B the best approximation of a matrix that has this rank."""
+    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    return halves(u[..., :rank], s[..., :rank], vt[..., :rank, :], scale)
+
+
+@functools.partial(jax.jit, static_argnums=3)
 def halves(u: jax.Array, s: jax.Array, vt: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
     """A and B with scale·A·B = u·diag(s)·vt, and the columns of A as long as the rows of B."""
     root = jnp.sqrt(s / abs(scale))

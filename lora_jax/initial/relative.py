@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from lora_jax import tree
 from lora_jax.adapters import Adapter, LoraParams
 from lora_jax.initial.pissa import halves, randomized_svd
-from lora_jax.initial.start import to_matrices
+from lora_jax.initial.start import to_matrices, wide_dtype
 from lora_jax.variants.lora import LoRA
 
 
@@ -61,7 +61,7 @@ def _exported(path: str, before: Mapping[str, Any], after: Mapping[str, Any], ad
             f"{path!r}: params and frozen differ, and of {type(variant).__name__} with factors "
             f"{sorted(adapter.factors)} it is not known how to make up for it: merge instead"
         )
-    wide = jnp.promote_types(old.dtype, "float32")
+    wide = wide_dtype(old)
     old, new = (to_matrices(jnp.asarray(leaf, wide), adapter.site) for leaf in (old, new))
     with jax.default_matmul_precision("highest"):
         u, s, vt = randomized_svd(jax.random.key(0), new - old, variant.rank, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -33,8 +34,6 @@ class Initialization(abc.ABC):
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> class FirstRows(lora.Initialization):
-    ...     name = "first_rows"
-    ...
     ...     def start(self, key, weight, site, rank, scale):
     ...         return lora.Start(jnp.eye(weight.shape[-2], rank), weight[..., :rank, :] / scale)
     >>> frozen, _ = lora.split(jax.random.key(0), {"w": jnp.ones((3, 2))}, {"w": lora.LoRA(1, init=FirstRows())})
@@ -44,7 +43,10 @@ class Initialization(abc.ABC):
            [1., 1.]], dtype=float32)
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What `split` leaves of it in the adapter's variant."""
+        return type(self).__name__
 
     @abc.abstractmethod
     def start(self, key: jax.Array, weight: jax.Array, site: Site, rank: int, scale: float) -> Start:
@@ -73,7 +75,7 @@ def started(
     if isinstance(weight, jax.ShapeDtypeStruct):
         raise ValueError(f"init={how.name!r} reads the leaf, and this one has no values: split inside jax.eval_shape")
     batch, inner, outer = site.sizes()
-    wide = jnp.promote_types(weight.dtype, "float32")
+    wide = wide_dtype(weight)
     with jax.default_matmul_precision("highest"):
         matrices = to_matrices(jnp.asarray(weight, wide), site)
         a, b, base = how.start(key, matrices, site, rank, scale)
@@ -87,8 +89,22 @@ def started(
             b = b.astype(dtype)
             factors["B"] = b.reshape(*batch, rank, *outer)
         if base is None and b is not None:
-            base = matrices - scale * (a.astype(wide) @ b.astype(wide))
+            base = _without(matrices, a, b, scale)
     return (weight if base is None else from_matrices(base, site).astype(weight.dtype)), factors
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _without(matrices: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    return matrices - scale * (a.astype(matrices.dtype) @ b.astype(matrices.dtype))
+
+
+def wide_dtype(array: Any) -> Any:
+    """float32, or the array's own dtype where that is wider.
+
+    >>> wide_dtype(jnp.ones(2, "bfloat16"))
+    dtype('float32')
+    """
+    return max(jnp.dtype("float32"), jnp.dtype(array.dtype), key=lambda dtype: dtype.itemsize)
 
 
 def to_matrices(weight: jax.Array, site: Site) -> jax.Array:
