@@ -7,6 +7,13 @@ from lora_jax.explain import Explained, Explanation, explain
 from lora_jax.factored import Factored, FactoredError, Network, materialize
 from lora_jax.factors import Adapter, shared
 from lora_jax.formats.native import load, save
+from lora_jax.initial.capture import Moments, capture
+from lora_jax.initial.corda import corda
+from lora_jax.initial.eva import eva
+from lora_jax.initial.loftq import loftq
+from lora_jax.initial.lora_ga import lora_ga
+from lora_jax.initial.relative import relative_to
+from lora_jax.initial.start import Initialization, Start
 from lora_jax.interpreter import Interpreter, MaterializeError, rule
 from lora_jax.lift import UnusedError, lift
 from lora_jax.optim import fa_gradients, lora_plus, optimizer
@@ -27,6 +34,7 @@ __all__ = [
     "FactoredError",
     "Full",
     "IA3",
+    "Initialization",
     "Interpreter",
     "LoHa",
     "LoKr",
@@ -34,24 +42,32 @@ __all__ = [
     "LoRAFA",
     "LoRAXS",
     "MaterializeError",
+    "Moments",
     "Network",
     "Site",
     "Sites",
+    "Start",
     "Summary",
     "UnusedError",
     "Use",
     "Variant",
     "VeRA",
     "attach",
+    "capture",
+    "corda",
     "dropout",
+    "eva",
     "explain",
     "fa_gradients",
     "lift",
     "load",
+    "loftq",
+    "lora_ga",
     "lora_plus",
     "materialize",
     "merge",
     "optimizer",
+    "relative_to",
     "rule",
     "save",
     "shared",

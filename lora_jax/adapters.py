@@ -34,7 +34,8 @@ def split(
         in the rule.
 
     Returns:
-      `(frozen, lora_params)`: a tree like `params`, and a dict from path to `Adapter`.
+      `(frozen, lora_params)`: a tree like `params`, and a dict from path to `Adapter`. A leaf stays frozen as it is,
+      unless its variant starts from a part of it: then base and factors add up to it (see `LoRA`'s `init`).
 
     Raises:
       ValueError: A rule matches no leaf; a leaf is not of floating dtype, is not read by the function, or has no axes;
@@ -54,8 +55,8 @@ def split(
         try:
             frozen[path], factors = variant.initial(key_of(key, path), arrays[path], site)
         except ValueError as error:
-            raise ValueError(f"{path!r} {site.shape} as {variant}: {error}") from error
-        lora_params[path] = Adapter(factors, variant, site)
+            raise ValueError(f"{path!r} {site.shape} as {variant.begun()}: {error}") from error
+        lora_params[path] = Adapter(factors, variant.begun(), site)
     lora_params |= pools(key, leaves, lora_params)
     if not lora_params:
         raise ValueError("the rules adapt no leaf, so nothing would train: give one of the paths a variant")

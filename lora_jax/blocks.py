@@ -156,7 +156,8 @@ def _keys(alike: dict[int, Dropout], counts: Sequence[int], block: Axis, one_eac
         some = next(iter(keys.values()))[:1]
         rows = [keys.get(i, jnp.repeat(some, count, 0)) for i, count in enumerate(counts)]
         axes = (block, *(axis for axis in first.axes if axis.name != block.name))
-        return Dropout(jnp.concatenate(rows), axes, first.rate)
+        return dataclasses.replace(first, keys=jnp.concatenate(rows), axes=axes)
     if one_each:
-        return Dropout(jnp.stack([drop.keys for drop in alike.values()]), (block, *first.axes), first.rate)
+        keys = jnp.stack([drop.keys for drop in alike.values()])
+        return dataclasses.replace(first, keys=keys, axes=(block, *first.axes))
     return first

@@ -48,6 +48,11 @@ class Dropout:
         kept = jax.vmap(mask)(keys.ravel()).reshape(*keys.shape, *x.shape) if apart else mask(keys)
         return jnp.where(kept, x / jnp.asarray(1 - self.rate, x.dtype), jnp.zeros((), x.dtype))
 
+    def on(self, x: jax.Array, axes: Axes) -> tuple[jax.Array, Axes]:
+        """An activation over these axes with a share of it dropped; those axes come first that it did not have."""
+        apart = self.apart(axes)
+        return self(x, apart), (*apart, *axes)
+
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["operands", "dropout"], meta_fields=["axes", "scale", "frozen"]
@@ -74,7 +79,9 @@ class Network:
         """The network with each operand and its axes changed, and with the keys of its dropout."""
         pairs = [change(operand, axes) for operand, axes in zip(self.operands, self.axes, strict=True)]
         drop = self.dropout
-        drop = drop and Dropout(*change(drop.keys, drop.axes), drop.rate)
+        if drop:
+            keys, axes = change(drop.keys, drop.axes)
+            drop = dataclasses.replace(drop, keys=keys, axes=axes)
         operands, axes = tuple(a for a, _ in pairs), tuple(axes for _, axes in pairs)
         return dataclasses.replace(self, operands=operands, axes=axes, dropout=drop)
 
@@ -93,8 +100,7 @@ class Network:
 
     def drop(self, x: jax.Array, axes: Axes) -> tuple[jax.Array, Axes]:
         """An activation as the network gets it, with its axes: those come first that it did not have."""
-        apart = self.dropout.apart(axes) if self.dropout else ()
-        return (self.dropout(x, apart) if self.dropout else x), (*apart, *axes)
+        return self.dropout.on(x, axes) if self.dropout else (x, axes)
 
     def at(self, dtype: Any = None) -> list[tuple[jax.Array, Axes]]:
         """The operands with their axes, the scale folded in, in a dtype if one is given."""

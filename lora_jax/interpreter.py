@@ -168,12 +168,13 @@ class Interpreter:
         in_axes: Sequence[Axis] = (),
         out_axes: Sequence[Axis] = (),
         cost: Cost | None = None,
+        window: Sequence[Axis] = (),
     ) -> None:
         """Notes that an equation consumes a value; the leaf's dimensions in neither group are batch axes."""
         for path in value.paths:
             sides = dimensions(in_axes, path), dimensions(out_axes, path)
             use = Use(kind, *sides, eqn.primitive.name, self._where(eqn), 1, cost or Cost(), value.paths)
-            self._note(path, use)
+            self._note(path, dataclasses.replace(use, window_axes=dimensions(window, path)))
 
     def hand_on(self, values: Iterable[Factored]) -> None:
         """Notes what the function returns factored: rows of a leaf without factors are tokens, as far as is known."""

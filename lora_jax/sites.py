@@ -30,6 +30,7 @@ class Site:
       in_axes: Dimensions that are summed over (or, of an embedding, looked up).
       out_axes: Dimensions that the result has.
       uses: Every use, in program order; a tied embedding has two. The first gives kind and axes, if none is "other".
+      window_axes: Of a convolution, those of the `in_axes` that are its window's, and no channels.
     """
 
     shape: tuple[int, ...]
@@ -38,6 +39,7 @@ class Site:
     in_axes: tuple[int, ...] = ()
     out_axes: tuple[int, ...] = ()
     uses: tuple[Use, ...] = ()
+    window_axes: tuple[int, ...] = ()
 
     @property
     def adaptable(self) -> bool:
@@ -162,4 +164,4 @@ def _site(shape: tuple[int, ...], uses: Sequence[Use], handed_on: bool) -> Site:
     use = adaptable[0]
     outer = tuple(d for d in use.out_axes if d not in use.in_axes)
     batch = tuple(d for d in range(len(shape)) if d not in (*use.in_axes, *outer))
-    return Site(shape, use.kind, batch, use.in_axes, outer, tuple(uses))
+    return Site(shape, use.kind, batch, use.in_axes, outer, tuple(uses), use.window_axes)

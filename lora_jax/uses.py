@@ -22,6 +22,7 @@ class Use:
       times: How often a call of the function uses it, as far as is known: loops of known length count.
       cost: What all of these cost together.
       paths: The leaves that are used together, this one among them: those of a concatenation or a sum.
+      window_axes: Of a convolution, those of the `in_axes` that are its window's, and no channels.
     """
 
     kind: str
@@ -32,6 +33,7 @@ class Use:
     times: int = 1
     cost: Cost = Cost()
     paths: tuple[str, ...] = ()
+    window_axes: tuple[int, ...] = ()
 
 
 def dimensions(axes: Iterable[Axis], path: str) -> tuple[int, ...]:

@@ -167,7 +167,6 @@ PROGRAMS = {
         ((2,), (0, 1), (3,)),
     ),
 }
-RANKS = [(name, rank) for name in PROGRAMS for rank in (2, 1)]
 
 
 def with_gradients(fun):
@@ -180,13 +179,13 @@ def with_gradients(fun):
     return jax.jit(lambda *args: jax.grad(total, tuple(range(len(args))), has_aux=True)(*args))
 
 
-RANKS = [(name, 2) for name in PROGRAMS] + [
-    (name, 1) for name in ("nhwc", "one_by_one", "grouped", "depthwise", "vmap_of_both", "tied")
-]
+CASES = [(name, lora.LoRA(2)) for name in PROGRAMS]
+CASES += [(name, lora.LoRA(1)) for name in ("nhwc", "one_by_one", "grouped", "depthwise", "vmap_of_both", "tied")]
+CASES += [(name, lora.LoKr(1)) for name in ("nchw", "one_dimension", "grouped", "vmap_of_both_depthwise", "stacked")]
 
 
-@pytest.mark.parametrize(("name", "rank"), RANKS)
-def test_lifted_equals_merged(name, rank):
+@pytest.mark.parametrize(("name", "variant"), CASES, ids=[f"{name}-{type(v).__name__}-{v.rank}" for name, v in CASES])
+def test_lifted_equals_merged(name, variant):
     fun, kernel, x, axes = PROGRAMS[name]
     params = {"w": kernel}
 
@@ -195,7 +194,7 @@ def test_lifted_equals_merged(name, rank):
 
     sites = lora.sites(model, params, x)
     assert (sites["w"].kind, sites["w"].batch_axes, sites["w"].in_axes, sites["w"].out_axes) == ("conv", *axes)
-    frozen, lora_params = split_at_random(params, {"w": lora.LoRA(rank)}, sites=sites)
+    frozen, lora_params = split_at_random(params, {"w": variant}, sites=sites)
     lifted = with_gradients(lambda lp, x: lora.lift(model)(lora.attach(frozen, lp), x))
     merged = with_gradients(lambda lp, x: model(lora.merge(frozen, lp), x))
     assert error(lifted(lora_params, x), merged(lora_params, x)) < 1e-5

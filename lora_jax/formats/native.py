@@ -113,13 +113,14 @@ def _describe(adapter: Adapter) -> dict[str, Any]:
 
 def _description(variant: Variant, site: Site) -> dict[str, Any]:
     fields = {f.name: getattr(variant, f.name) for f in dataclasses.fields(variant) if f.compare}
-    axes = {name: getattr(site, name) for name in ("shape", "kind", "batch_axes", "in_axes", "out_axes")}
+    axes = {name: getattr(site, name) for name in ("shape", "kind", "batch_axes", "in_axes", "out_axes", "window_axes")}
     return {"variant": type(variant).__name__, "fields": fields, "site": axes}
 
 
 def _described(entry: dict[str, Any]) -> tuple[Variant, Site]:
-    axes = {name: tuple(entry["site"][name]) for name in ("shape", "batch_axes", "in_axes", "out_axes")}
-    return Variant.registry[entry["variant"]](**entry["fields"]), Site(kind=entry["site"]["kind"], **axes)
+    site = {"window_axes": [], **entry["site"]}  # files of earlier versions have none
+    axes = {name: tuple(site[name]) for name in ("shape", "batch_axes", "in_axes", "out_axes", "window_axes")}
+    return Variant.registry[entry["variant"]](**entry["fields"]), Site(kind=site["kind"], **axes)
 
 
 # A function of adapters that `jax.export` writes to bytes keeps their variants and axes in the same words.

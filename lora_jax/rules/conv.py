@@ -35,7 +35,7 @@ def conv_general_dilated(interpreter: Interpreter, eqn: Any, x: Any, kernel: Any
     if is_factored(x) or kernel.is_product or (grouped := _grouped(kernel, eqn)) is None:
         return NotImplemented
     weight, groups = grouped
-    out_dim, *in_dims = eqn.params["dimension_numbers"].rhs_spec
+    out_dim, in_dim, *window_dims = eqn.params["dimension_numbers"].rhs_spec
     # Depthwise, where a group has one output channel, the groups themselves are the outputs.
     outer = weight.dims[out_dim][len(groups) :] or groups[-1:]
     weight = weight.without_units()
@@ -46,8 +46,8 @@ def conv_general_dilated(interpreter: Interpreter, eqn: Any, x: Any, kernel: Any
         plans[0] = _plan(conv.estimated, weight.terms[0].axes, weight.whole, interpreter.plan.order)
     if not all(plan.stages for plan in plans):
         return NotImplemented
-    inner = _flat(kernel.dims[d] for d in in_dims)
-    interpreter.record(kernel, eqn, "conv", inner, outer, _cost(weight, plans))
+    window = _flat(kernel.dims[d] for d in window_dims)
+    interpreter.record(kernel, eqn, "conv", kernel.dims[in_dim] + window, outer, _cost(weight, plans), window)
     options = {"whole": weight.whole, "order": interpreter.plan.order, "precision": eqn.params["precision"]}
     parts = [
         eqn.primitive.bind(x, _array(term.at(weight.dtype), weight.dims), **eqn.params)

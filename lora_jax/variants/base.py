@@ -27,7 +27,8 @@ class Variant(abc.ABC):
     `initial`, `delta` and `labels`.
 
     Its fields are the variant's hyperparameters: numbers and strings, so that a file can hold them; those that only
-    say how factors begin are declared with `dataclasses.field(compare=False)`.
+    say how factors begin are declared with `dataclasses.field(compare=False)`, and may be functions or objects, of
+    which `split` keeps the names.
 
     Attributes:
       invertible: Whether `unmerge` can take ΔW out of merged weights again.
@@ -69,6 +70,15 @@ class Variant(abc.ABC):
         """
         groups = [tuple(np.atleast_1d(np.asarray(group, int)).tolist()) for group in (batch_axes, in_axes, out_axes)]
         return Placed(self, *groups)
+
+    def begun(self) -> Variant:
+        """The variant once its factors have begun: a function or an object that says how is replaced by its name.
+
+        The variant is static in an adapter, and so in what `jax.jit` remembers: it must keep no array alive.
+        """
+        own = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if not f.compare)
+        names = {name: _name(value) for name, value in own if callable(value) or hasattr(value, "name")}
+        return dataclasses.replace(self, **names) if names else self
 
     @abc.abstractmethod
     def initial(self, key: jax.Array, weight: Any, site: Site) -> tuple[Any, Factors]:
@@ -146,6 +156,10 @@ class Placed:
                 "dimension belongs to one of them, and neither in nor out is empty"
             )
         return Site(shape, "linear" if kind == "other" else kind, batch, inner, outer)
+
+
+def _name(value: Any) -> str:
+    return getattr(value, "name", None) or getattr(value, "__name__", type(value).__name__)
 
 
 def rank_axis(rank: int) -> Axis:

@@ -1,10 +1,12 @@
-"""How A begins: named distributions by the number of inputs."""
+"""How A begins where it is drawn: named distributions by the number of inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import jax
+
+from lora_jax.initial.names import FROM_DATA, NAMED
 
 Initializer = Callable[..., jax.Array]
 
@@ -30,5 +32,9 @@ def initializer(name: str, fan_in: int) -> Initializer:
     Array(True, dtype=bool)
     """
     if name not in INITIALIZERS:
-        raise ValueError(f"init={name!r} is none of {', '.join(INITIALIZERS)}, nor a function (key, shape, dtype)")
+        known = ", ".join([*INITIALIZERS, *NAMED, "pissa_niter_4 (or another number)"])
+        raise ValueError(
+            f"init={name!r} is none of {known}, nor a function (key, shape, dtype) or an Initialization; "
+            f"{', '.join(FROM_DATA)} are functions that make rules"
+        )
     return INITIALIZERS[name](fan_in)

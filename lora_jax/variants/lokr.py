@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.contract import Axes, Axis, size_of
-from lora_jax.factored import Factored, Network
+from lora_jax.factored import Factored, Network, weight_axes
 from lora_jax.sites import Site
 from lora_jax.variants.base import Factors, Variant, rank_axis
 from lora_jax.variants.hyperparameters import check
@@ -27,6 +27,7 @@ class LoKr(Variant):
     (d2, k2); with `decompose_both`, C is C1·C2, (d1, rank) and (rank, k1), where the rank is less than half of the
     larger of d1 and k1. All of them have the weight's batch axes too. A side of several axes, such as heads and their
     size, is split between two of them or inside one, so not always as near to the square root as its product could be.
+    Of a convolution the channels are split, and A (or AB) has the window's axes before its inputs.
 
     A training step of n inputs costs 4ndk + 6nr(d + k + d1·k1) FLOPs at a kernel (d, k), of which 4ndk are the base's,
     and with `AB` the smaller of 4ndk + 6n·d1·k2·(d2 + k1) and 4ndk + 6n·d2·k1·(d1 + k2).
@@ -59,7 +60,7 @@ class LoKr(Variant):
     init: str | Callable[..., jax.Array] = dataclasses.field(default="normal", compare=False)
     dtype: str = "float32"
     dropout: float = 0.0
-    kinds: ClassVar[tuple[str, ...]] = ("linear",)
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv")
 
     def __post_init__(self) -> None:
         check(self)
@@ -76,7 +77,7 @@ class LoKr(Variant):
         axes, (inner, _), factors = self._axes(site), self._parts(site), Factors()
         for name, own in zip(axes, jax.random.split(key, len(axes)), strict=True):
             shape = tuple(axis.size for axis in axes[name])
-            inputs = [axis for axis in axes[name] if axis in (*inner.major, *inner.minor)]
+            inputs = [axis for axis in axes[name] if axis in (*inner.major, *inner.minor, *_window(site))]
             draw = (
                 self.init if callable(self.init) else initializer(self.init, size_of(inputs) if inputs else self.rank)
             )
@@ -105,20 +106,25 @@ class LoKr(Variant):
 
     def _parts(self, site: Site) -> tuple[_Halves, _Halves]:
         _, inner, outer = site.axes()
-        return _halves(inner, self.factor), _halves(outer, self.factor)
+        channels = tuple(axis for axis in inner if axis not in _window(site))
+        return _halves(channels, self.factor), _halves(outer, self.factor)
 
     def _axes(self, site: Site) -> dict[str, Axes]:
         """The axes of each factor that a leaf has."""
         batch, rank, other = site.axes()[0], (rank_axis(self.rank),), (Axis("other rank", self.rank),)
         inner, outer = self._parts(site)
-        c, ab = batch + inner.major + outer.major, batch + inner.minor + outer.minor
+        c, inputs = batch + inner.major + outer.major, batch + _window(site) + inner.minor
         small, large = (max(size_of(getattr(p, half)) for p in (inner, outer)) for half in ("major", "minor"))
         first = {"C": c}
         if self.decompose_both and self.rank < small / 2:
             first = {"C1": batch + inner.major + other, "C2": batch + other + outer.major}
         if self.rank >= large / 2:
-            return {**first, "AB": ab}
-        return {**first, "A": batch + inner.minor + rank, "B": batch + rank + outer.minor}
+            return {**first, "AB": inputs + outer.minor}
+        return {**first, "A": inputs + rank, "B": batch + rank + outer.minor}
+
+
+def _window(site: Site) -> Axes:
+    return tuple(weight_axes(site.shape)[d] for d in site.window_axes)
 
 
 class _Halves(NamedTuple):
@@ -131,7 +137,7 @@ class _Halves(NamedTuple):
 
 def _halves(axes: Axes, factor: int) -> _Halves:
     """A side split as `factorization` says, between two of its axes or inside one."""
-    places, before = dict[int, _Halves](), 1
+    places, before = {1: _Halves((), (), None)}, 1
     for i, axis in enumerate(axes):
         for size in (n for n in range(1, axis.size + 1) if axis.size % n == 0):
             major, minor = axis.split(size)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.factored import Network
+from lora_jax.initial.names import named
+from lora_jax.initial.start import Initialization, started
 from lora_jax.sites import Site
 from lora_jax.variants.base import Factors, Variant, rank_axis
 from lora_jax.variants.hyperparameters import check, check_fits
@@ -31,8 +33,11 @@ class LoRA(Variant):
       rank: The number of columns of A and rows of B; at least 1, at most the smaller side of the weight.
       alpha: The scale's numerator; None for `rank`, that is a scale of 1 (or √rank).
       scaling: "standard", s = alpha / rank, or "rank_stabilized", s = alpha / √rank.
-      init: How A begins: "normal", of variance 1 / inputs; "uniform", U(±1/√inputs), as PEFT draws it; or a function
-        `(key, shape, dtype) -> array`. An embedding's A, whose rows are picked and not summed, counts `rank` inputs.
+      init: How the factors begin. With A drawn and B zero: "normal", of variance 1 / inputs; "uniform", U(±1/√inputs),
+        as PEFT draws it; or a function `(key, shape, dtype) -> array`. An embedding's A, whose rows are picked and not
+        summed, counts `rank` inputs. With what they begin as taken out of the base, which `split` then changes:
+        "orthogonal", "pissa", "pissa_niter_4" (PiSSA by 4 rounds of approximation), "olora", or an `Initialization`.
+        Rules that `eva`, `corda`, `lora_ga` and `loftq` make bring their own.
       dtype: The dtype of A and B.
       dropout: The probability that an input of A is dropped in training, where the loss calls `lora_jax.dropout`.
 
@@ -49,7 +54,7 @@ class LoRA(Variant):
     rank: int
     alpha: float | None = None
     scaling: Literal["standard", "rank_stabilized"] = "standard"
-    init: str | Callable[..., jax.Array] = dataclasses.field(default="normal", compare=False)
+    init: str | Callable[..., jax.Array] | Initialization = dataclasses.field(default="normal", compare=False)
     dtype: str = "float32"
     dropout: float = 0.0
 
@@ -66,11 +71,14 @@ class LoRA(Variant):
         return alpha / (math.sqrt(self.rank) if self.scaling == "rank_stabilized" else self.rank)
 
     def initial(self, key: jax.Array, weight: Any, site: Site) -> tuple[Any, Factors]:
-        """A random and B zero; the weight stays as it is."""
+        """What `init` says: A random, B zero, and the weight as it is; or else factors that the weight is less by."""
         batch, inner, outer = site.sizes()
         check_fits(self.rank, site)
+        how = named(self.init) if isinstance(self.init, str) else self.init
+        if isinstance(how, Initialization):
+            return started(how, key, weight, site, self.rank, self.scale, self.dtype)
         fan_in = self.rank if site.kind == "embedding" else math.prod(inner)
-        draw = self.init if callable(self.init) else initializer(self.init, fan_in)
+        draw = how or initializer(str(self.init), fan_in)
         shape = (*batch, *inner, self.rank)
         a = jnp.asarray(draw(key, shape, self.dtype), self.dtype)
         if a.shape != shape:
