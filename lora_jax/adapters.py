@@ -77,7 +77,7 @@ def split(
     frozen, lora_params = dict(leaves), LoraParams()
     for path, (variant, site) in choose(rules, arrays, sites).items():
         try:
-            frozen[path], factors = variant.initial(_key_of(key, path), arrays[path], site)
+            frozen[path], factors = variant.initial(key_of(key, path), arrays[path], site)
         except ValueError as error:
             raise ValueError(f"{path!r} {site.shape} as {variant}: {error}") from error
         lora_params[path] = Adapter(factors, variant, site)
@@ -139,7 +139,7 @@ def dropout(key: jax.Array, lora_params: Mapping[str, Adapter]) -> LoraParams:
         if not adapter.variant.dropout:
             return adapter
         batch, _, _ = adapter.site.sizes()
-        own = _key_of(key, path)
+        own = key_of(key, path)
         return dataclasses.replace(adapter, keys=jax.random.split(own, batch) if batch else own)
 
     return {path: with_keys(path, adapter) for path, adapter in lora_params.items()}
@@ -250,6 +250,6 @@ def _check_finite(results: Mapping[str, Any], before: Mapping[str, Any]) -> None
         )
 
 
-def _key_of(key: jax.Array, path: str) -> jax.Array:
+def key_of(key: jax.Array, path: str) -> jax.Array:
     """A key that depends on the path alone, the same in every process and session."""
     return jax.random.fold_in(key, int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "little"))
