@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapters import Adapter, LoraParams, key_of
 from lora_jax.combine import combine
-from lora_jax.lowrank import low_rank, truncated, wider
+from lora_jax.lowrank import is_plain, low_rank, truncated, wider
 from lora_jax.optim import FROZEN
 from lora_jax.variants.base import Variant
 from lora_jax.variants.full import Full
@@ -139,7 +139,7 @@ def _resized(path: str, adapter: Adapter, rank: int, key: jax.Array | None) -> A
     old, site = adapter.variant, adapter.site
     if isinstance(old, Full):
         return adapter
-    if not isinstance(old, LoRA):
+    if not is_plain(old):
         raise ValueError(
             f"{path!r}: resize takes LoRA, and this is {type(old).__name__}: combine([...], [1.0], method='svd', "
             "rank=...) makes a LoRA of any variant whose ΔW is a product A·B"
@@ -161,13 +161,9 @@ def _resized(path: str, adapter: Adapter, rank: int, key: jax.Array | None) -> A
 
 def _grown(path: str, adapter: Adapter, variant: LoRA, key: jax.Array) -> dict[str, Any]:
     """The factors with columns of A and rows of B more."""
-    drawn = (
-        variant
-        if callable(variant.init) or variant.init in INITIALIZERS
-        else dataclasses.replace(variant, init="normal")
-    )
+    init = variant.init if callable(variant.init) or variant.init in INITIALIZERS else "normal"
     shape = jax.ShapeDtypeStruct(adapter.site.shape, jnp.float32)
-    _, fresh = drawn.initial(key_of(key, path), shape, adapter.site)
+    _, fresh = LoRA(variant.rank, init=init, dtype=variant.dtype).initial(key_of(key, path), shape, adapter.site)
     a, b = jnp.asarray(adapter.factors["A"]), jnp.asarray(adapter.factors["B"])
     axis, more = len(adapter.site.batch_axes), variant.rank - a.shape[-1]
     zeros = jnp.zeros((*b.shape[:axis], more, *b.shape[axis + 1 :]), b.dtype)

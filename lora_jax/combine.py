@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lora_jax import tree
 from lora_jax.adapters import Adapter, LoraParams, key_of
-from lora_jax.lowrank import SVD, LowRank, lora_adapter, low_rank, matmul, truncated, wider
+from lora_jax.lowrank import SVD, LowRank, is_plain, lora_adapter, low_rank, matmul, truncated, wider
 from lora_jax.task_arithmetic import RECIPES
 from lora_jax.variants.full import Full
 from lora_jax.variants.lora import LoRA
@@ -170,23 +170,21 @@ def _by_product(path: str, parts: Sequence[LowRank], weights: jax.Array, how: _H
 def _by_factor(path: str, adapters: Sequence[Adapter], weights: jax.Array, how: _How) -> Adapter:
     """By A and B, each by itself."""
     variants = [adapter.variant for adapter in adapters]
-    ranks = [variant.rank for variant in variants if isinstance(variant, LoRA)]
-    if len(ranks) < len(variants) or len({*ranks}) > 1:
+    plain = [variant for variant in variants if is_plain(variant)]
+    if len(plain) < len(variants) or len({variant.rank for variant in plain}) > 1:
         found = ", ".join(f"{type(v).__name__} of rank {getattr(v, 'rank', None)}" for v in variants)
         raise ValueError(
             f"{path!r} has {found}: {how.method!r} takes LoRAs of one rank, whose factors it works on; "
             "'cat', 'svd' and those that end in '_svd' take others, and `resize` changes the rank"
         )
-    scales = jnp.stack(
-        [w * variant.scale for w, variant in zip(weights, variants, strict=True) if isinstance(variant, LoRA)]
-    )
+    scales = weights * jnp.array([variant.scale for variant in plain], weights.dtype)
     roots = jnp.sqrt(jnp.abs(scales))
     dtype = wider(*(x.dtype for adapter in adapters for x in adapter.factors.values()))
     blended = {}
     for name, own in {"A": jnp.where(scales < 0, -roots, roots), "B": roots}.items():
         tensors = [jnp.asarray(adapter.factors[name], wider(dtype, jnp.float32)) for adapter in adapters]
         blended[name] = how.blend(path, name, tensors, own, len(adapters[0].site.batch_axes)).astype(dtype)
-    return Adapter(blended, LoRA(ranks[0], dtype=dtype.name), adapters[0].site)
+    return Adapter(blended, LoRA(plain[0].rank, dtype=dtype.name), adapters[0].site)
 
 
 def _full(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from lora_jax import tree
 from lora_jax.adapters import Adapter, LoraParams
 from lora_jax.choice import Rules, choose
-from lora_jax.lowrank import SVD, matrices, truncated, wider
+from lora_jax.lowrank import SVD, is_plain, matrices, truncated, wider
 from lora_jax.sites import Site
 from lora_jax.variants.full import Full
 from lora_jax.variants.lora import LoRA
@@ -65,12 +65,12 @@ def _extracted(path: str, before: Any, after: Any, variant: Any, site: Site) -> 
     if isinstance(variant, Full):
         dtype = jax.dtypes.canonicalize_dtype(variant.dtype or after.dtype)
         return Adapter({"weight": jnp.array(after, dtype, copy=True)}, variant, site)
-    if not isinstance(variant, LoRA):
+    if not is_plain(variant):
         raise ValueError(f"{path!r}: extract makes LoRA, or Full, and no {type(variant).__name__}: change the rule")
     if variant.rank > site.max_rank:
         raise ValueError(
-            f"{path!r} {site.shape}: rank {variant.rank} is above {site.max_rank}, the most that its sides allow: lower "
-            "it, or give Full()"
+            f"{path!r} {site.shape}: rank {variant.rank} is above {site.max_rank}, the most that its sides allow: "
+            "lower it, or give Full()"
         )
     old, new = matrices(before, site), matrices(after, site)
     wide = wider(old.dtype, new.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +109,12 @@ def _sides(path: str, variant: Variant, network: Network, inner: Axes, outer: Ax
     if not ({*inner} <= carried[0] and {*outer} <= carried[1]) or carried[0] & {*outer}:
         raise _not_low_rank(path, variant)
     return left, right
+
+
+def is_plain(variant: Variant) -> TypeGuard[LoRA]:
+    """Whether ΔW is s·A·B, of these two factors and nothing else, however they begin and whichever of them trains."""
+    own = type(variant)
+    return isinstance(variant, LoRA) and own.delta is LoRA.delta and own.apply is Variant.apply
 
 
 def _not_low_rank(path: str, variant: Variant) -> ValueError:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checks import error, formed, normal
-from test_algebra import LEAVES, as_matrices, base, delta, made
+from leaves import LEAVES, as_matrices, base, delta, full, made
 
 import lora_jax as lora
 
@@ -72,7 +72,7 @@ def test_subspace_similarity(side):
 
 
 def test_similarity_of_an_adapter_with_itself_is_one_on_the_diagonal():
-    lora_params = made("rank_stabilized")
+    lora_params = {"heads": made("rank_stabilized")["heads"]}
     for similarity in lora.subspace_similarity(lora_params, lora_params).values():
         np.testing.assert_allclose(np.diagonal(similarity, axis1=-2, axis2=-1), 1, rtol=1e-5)
         assert (np.asarray(similarity) < 1 + 1e-5).all()
@@ -80,14 +80,10 @@ def test_similarity_of_an_adapter_with_itself_is_one_on_the_diagonal():
 
 def test_the_sides_of_delta_do_not_depend_on_its_factors():
     """A and B turned against each other are the same ΔW; A's own directions change."""
-    lora_params = {"dense": made("rank_stabilized")["dense"]}
-    a, b = lora_params["dense"].factors.values()
-    turn = normal(3, 3)
-    turned = {
-        "dense": lora.Adapter(
-            {"A": a @ turn, "B": jnp.linalg.inv(turn) @ b}, lora_params["dense"].variant, lora_params["dense"].site
-        )
-    }
+    adapter = made("rank_stabilized")["dense"]
+    (a, b), turn = adapter.factors.values(), normal(3, 3)
+    factors = {"A": a @ turn, "B": jnp.linalg.inv(turn) @ b}
+    lora_params, turned = {"dense": adapter}, {"dense": lora.Adapter(factors, adapter.variant, adapter.site)}
     for side, same in (("in", True), ("out", True), ("A", False)):
         similarity = lora.subspace_similarity(lora_params, turned, side=side)["dense"]
         assert np.allclose(np.diagonal(similarity), 1, atol=1e-4) == same
@@ -116,13 +112,17 @@ def test_amplification_forms_no_weight():
             assert formed(jaxpr, {path: adapter}) == []
 
 
-ONE = made("standard")
+def one(path):
+    return made("standard")[path]
+
+
 ERRORS = {
-    "side": (lambda: lora.subspace_similarity(ONE, ONE, side="left"), "'left' is none of 'A', 'B', 'in', 'out'"),
-    "disjoint": (lambda: lora.subspace_similarity({"a": ONE["conv"]}, {"b": ONE["conv"]}), "no path in common"),
-    "sizes": (lambda: lora.subspace_similarity({"a": ONE["conv"]}, {"a": ONE["dense"]}), "'a': .* different sizes"),
-    "path": (lambda: lora.amplification({"densee": 1}, {"dense": ONE["dense"]}), "'dense'; close matches: densee"),
-    "shape": (lambda: lora.amplification({"dense": jnp.ones((2, 2))}, {"dense": ONE["dense"]}), "'dense': .* shape"),
+    "side": (lambda: lora.subspace_similarity(full(), full(), side="left"), "'left' is none of 'A', 'B', 'in', 'out'"),
+    "disjoint": (lambda: lora.subspace_similarity({"a": one("conv")}, {"b": one("conv")}), "no path in common"),
+    "sizes": (lambda: lora.subspace_similarity({"a": one("conv")}, {"a": one("dense")}), "'a': .* different sizes"),
+    "full": (lambda: lora.singular_values(full()), "'dense': the ΔW of Full is no product A·B"),
+    "path": (lambda: lora.amplification({"densee": 1}, {"dense": one("dense")}), "'dense'; close matches: densee"),
+    "shape": (lambda: lora.amplification({"dense": jnp.ones((2, 2))}, {"dense": one("dense")}), "'dense': .* shape"),
 }
 
 
