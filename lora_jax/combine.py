@@ -210,7 +210,7 @@ def _full(
 
 def _weights(adapters: Sequence[Any], weights: Any) -> list[jax.Array]:
     """A scalar for each adapter."""
-    numbers = [jnp.asarray(w, jnp.float32) for w in weights]
+    numbers = [jnp.asarray(w, jnp.result_type(float)) for w in weights]
     if not adapters or len(numbers) != len(adapters) or any(w.ndim for w in numbers):
         raise ValueError(f"combine takes one weight for each adapter, not {len(numbers)} for {len(adapters)}")
     if not all(isinstance(w, jax.core.Tracer) or math.isfinite(w) for w in numbers):

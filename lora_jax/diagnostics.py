@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax import tree
-from lora_jax.adapters import Adapter
+from lora_jax.adapters import Adapter, LoraParams
 from lora_jax.contract import Axis, contract
 from lora_jax.factored import weight_axes
 from lora_jax.lowrank import SVD, low_rank, wider
+from lora_jax.variants.full import Full
 
 Side = Literal["A", "B", "in", "out"]
 
@@ -22,7 +23,7 @@ def singular_values(lora_params: Mapping[str, Adapter]) -> dict[str, jax.Array]:
     """The singular values of each ΔW, from its factors: ΔW is not formed. Works under `jax.jit`.
 
     Args:
-      lora_params: Of variants whose ΔW is a product A·B.
+      lora_params: Of variants whose ΔW is a product A·B. Leaves in `Full`, which have no factors, are left out.
 
     Returns:
       By path, an array (batch..., min(rank, in, out)), descending, for each stacked layer or expert.
@@ -39,7 +40,7 @@ def singular_values(lora_params: Mapping[str, Adapter]) -> dict[str, jax.Array]:
     >>> lora.singular_values(lora_params)["w"].shape
     (3, 2)
     """
-    return {path: low_rank(path, adapter).svd().s for path, adapter in lora_params.items()}
+    return {path: low_rank(path, adapter).svd().s for path, adapter in _low_rank_only(lora_params).items()}
 
 
 def effective_rank(lora_params: Mapping[str, Adapter]) -> dict[str, jax.Array]:
@@ -85,7 +86,7 @@ def subspace_similarity(
     where one subspace holds the other, 0 where they are orthogonal. At [..., i - 1, j - 1] is φ(i, j).
 
     Args:
-      first: Of variants whose ΔW is a product A·B.
+      first: As in `singular_values`.
       second: Likewise; ranks may differ. Paths that only one of them has are left out.
       side: The vectors of which matrix: "A", those of its in side, as in the paper; "B", those of its out side; "in"
         or "out", those of ΔW itself, which do not depend on how it is split in A and B.
@@ -107,6 +108,7 @@ def subspace_similarity(
     """
     if side not in ("A", "B", "in", "out"):
         raise ValueError(f"side={side!r} is none of 'A', 'B', 'in', 'out'")
+    first, second = _low_rank_only(first), _low_rank_only(second)
     shared = [path for path in first if path in second]
     if not shared:
         raise ValueError("the two adapters have no path in common, so there is nothing to compare")
@@ -122,6 +124,10 @@ def subspace_similarity(
         i, j = (jnp.arange(1, n + 1, dtype=wide) for n in overlap.shape[-2:])
         similarities[path] = overlap.cumsum(-2).cumsum(-1) / jnp.minimum(i[:, None], j)
     return similarities
+
+
+def _low_rank_only(lora_params: Mapping[str, Adapter]) -> LoraParams:
+    return {path: adapter for path, adapter in lora_params.items() if not isinstance(adapter.variant, Full)}
 
 
 def _directions(path: str, adapter: Adapter, side: Side) -> jax.Array:
@@ -142,7 +148,7 @@ def amplification(params: Any, lora_params: Mapping[str, Adapter]) -> dict[str, 
 
     Args:
       params: The base: what `split` returned first, or any tree with leaves of these shapes at these paths.
-      lora_params: Of variants whose ΔW is a product A·B.
+      lora_params: As in `singular_values`.
 
     Returns:
       By path, an array of the batch's sizes, or a scalar; 0 where ΔW is zero.
@@ -160,7 +166,7 @@ def amplification(params: Any, lora_params: Mapping[str, Adapter]) -> dict[str, 
     3.0
     """
     leaves, _ = tree.flatten(params)
-    return {path: _amplification(path, adapter, leaves) for path, adapter in lora_params.items()}
+    return {path: _amplification(path, adapter, leaves) for path, adapter in _low_rank_only(lora_params).items()}
 
 
 def _amplification(path: str, adapter: Adapter, leaves: Mapping[str, Any]) -> jax.Array:

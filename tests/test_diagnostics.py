@@ -9,11 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checks import error, formed, normal
-from leaves import LEAVES, as_matrices, base, delta, full, made
+from leaves import LEAVES, Rescaled, as_matrices, base, delta, full, made
 
 import lora_jax as lora
 
 RANK = {"standard": 2, "rank_stabilized": 3, "elementwise": 4}
+
+
+def one(path):
+    return made("standard")[path]
 
 
 def dense_svd(adapter, path):
@@ -101,7 +105,14 @@ def test_directions_without_strength_do_not_count():
     params, lora_params = {"dense": base()["dense"]}, {"dense": made("standard")["dense"]}
     for larger in (lora.resize(lora_params, 5, key=jax.random.key(0)), lora.combine([lora_params] * 2, [0.5, 0.5])):
         for of in (lora.effective_rank, functools.partial(lora.amplification, params)):
-            np.testing.assert_allclose(of(larger)["dense"], of(lora_params)["dense"], rtol=1e-4)
+            np.testing.assert_allclose(jax.jit(of)(larger)["dense"], jax.jit(of)(lora_params)["dense"], rtol=1e-4)
+
+
+def test_leaves_that_train_themselves_are_left_out():
+    lora_params = {**full(), "conv": one("conv")}
+    assert list(lora.singular_values(lora_params)) == ["conv"]
+    assert list(lora.subspace_similarity(lora_params, lora_params)) == ["conv"]
+    assert list(lora.amplification(base(), lora_params)) == ["conv"]
 
 
 def test_amplification_forms_no_weight():
@@ -112,15 +123,14 @@ def test_amplification_forms_no_weight():
             assert formed(jaxpr, {path: adapter}) == []
 
 
-def one(path):
-    return made("standard")[path]
-
-
 ERRORS = {
     "side": (lambda: lora.subspace_similarity(full(), full(), side="left"), "'left' is none of 'A', 'B', 'in', 'out'"),
     "disjoint": (lambda: lora.subspace_similarity({"a": one("conv")}, {"b": one("conv")}), "no path in common"),
     "sizes": (lambda: lora.subspace_similarity({"a": one("conv")}, {"a": one("dense")}), "'a': .* different sizes"),
-    "full": (lambda: lora.singular_values(full()), "'dense': the ΔW of Full is no product A·B"),
+    "rescaled": (
+        lambda: lora.singular_values(made(Rescaled(2), leaves=("dense",))),
+        "'dense': the ΔW of Rescaled is no product A·B",
+    ),
     "path": (lambda: lora.amplification({"densee": 1}, {"dense": one("dense")}), "'dense'; close matches: densee"),
     "shape": (lambda: lora.amplification({"dense": jnp.ones((2, 2))}, {"dense": one("dense")}), "'dense': .* shape"),
 }
