@@ -2,8 +2,12 @@
 
 from lora_jax import rules as _rules  # noqa: F401  (imported for its effect: each rule registers itself with the interpreter)
 from lora_jax.adapters import attach, dropout, merge, split, unmerge
+from lora_jax.algebra import add, negate, resize, scale, subtract
+from lora_jax.combine import combine
 from lora_jax.contract import Axis, Cost
+from lora_jax.diagnostics import amplification, effective_rank, singular_values, subspace_similarity
 from lora_jax.explain import Explained, Explanation, explain
+from lora_jax.extract import extract
 from lora_jax.factored import Factored, FactoredError, Network, materialize
 from lora_jax.factors import Adapter, shared
 from lora_jax.formats.native import load, save
@@ -52,12 +56,17 @@ __all__ = [
     "Use",
     "Variant",
     "VeRA",
+    "add",
+    "amplification",
     "attach",
     "capture",
+    "combine",
     "corda",
     "dropout",
+    "effective_rank",
     "eva",
     "explain",
+    "extract",
     "fa_gradients",
     "lift",
     "load",
@@ -66,13 +75,19 @@ __all__ = [
     "lora_plus",
     "materialize",
     "merge",
+    "negate",
     "optimizer",
     "relative_to",
+    "resize",
     "rule",
     "save",
+    "scale",
     "shared",
+    "singular_values",
     "sites",
     "split",
+    "subspace_similarity",
+    "subtract",
     "summary",
     "unmerge",
 ]
