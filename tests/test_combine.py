@@ -14,7 +14,7 @@ from leaves import LEAVES, VARIANTS, Rescaled, as_matrices, base, best, delta, f
 
 import lora_jax as lora
 from lora_jax import task_arithmetic
-from lora_jax.combine import METHODS
+from lora_jax.algebra.combine import METHODS
 
 PEFT = Path(__file__).parent / "fixtures" / "peft_combinations.npz"
 WEIGHTS = [0.7, -0.4, 1.2, 0.5, -2.0]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import tree
-from lora_jax.adapters import Adapter, LoraParams
+from lora_jax.factors import Adapter, LoraParams
 from lora_jax.initial.pissa import halves, randomized_svd
 from lora_jax.initial.start import to_matrices, wide_dtype
 from lora_jax.variants.lora import LoRA

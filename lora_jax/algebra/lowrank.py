@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.adapters import Adapter
+from lora_jax.factors import Adapter
 from lora_jax.contract import Axes, contract, size_of
 from lora_jax.factored import Network
 from lora_jax.sites import Site
