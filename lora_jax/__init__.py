@@ -4,10 +4,10 @@ from lora_jax import rules as _rules  # noqa: F401  (imported for its effect: ea
 from lora_jax.adapters import attach, dropout, merge, split, unmerge
 from lora_jax.algebra.arithmetic import add, negate, resize, scale, subtract
 from lora_jax.algebra.combine import combine
+from lora_jax.algebra.extract import extract
 from lora_jax.contract import Axis, Cost
 from lora_jax.diagnostics import amplification, effective_rank, singular_values, subspace_similarity
 from lora_jax.explain import Explained, Explanation, explain
-from lora_jax.algebra.extract import extract
 from lora_jax.factored import Factored, FactoredError, Network, materialize
 from lora_jax.factors import Adapter, shared
 from lora_jax.formats.native import load, save

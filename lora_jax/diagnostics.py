@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax import tree
-from lora_jax.factors import Adapter, LoraParams
+from lora_jax.algebra.lowrank import SVD, low_rank, wider
 from lora_jax.contract import Axis, contract
 from lora_jax.factored import weight_axes
-from lora_jax.algebra.lowrank import SVD, low_rank, wider
+from lora_jax.factors import Adapter, LoraParams
 from lora_jax.variants.full import Full
 
 Side = Literal["A", "B", "in", "out"]

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.factors import Adapter, LoraParams, key_of
 from lora_jax.algebra.combine import combine
 from lora_jax.algebra.lowrank import is_plain, low_rank, truncated, wider
+from lora_jax.factors import Adapter, LoraParams, key_of
 from lora_jax.optim import FROZEN
 from lora_jax.variants.base import Variant
 from lora_jax.variants.full import Full

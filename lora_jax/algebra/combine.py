@@ -12,9 +12,9 @@ import jax.core
 import jax.numpy as jnp
 
 from lora_jax import tree
-from lora_jax.factors import Adapter, LoraParams, key_of
 from lora_jax.algebra.lowrank import SVD, LowRank, is_plain, lora_adapter, low_rank, matmul, truncated, wider
 from lora_jax.algebra.task_arithmetic import RECIPES
+from lora_jax.factors import Adapter, LoraParams, key_of
 from lora_jax.variants.full import Full
 from lora_jax.variants.lora import LoRA
 

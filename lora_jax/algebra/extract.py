@@ -10,9 +10,9 @@ import jax.core
 import jax.numpy as jnp
 
 from lora_jax import tree
-from lora_jax.factors import Adapter, LoraParams
-from lora_jax.choice import Rules, choose
 from lora_jax.algebra.lowrank import SVD, is_plain, matrices, truncated, wider
+from lora_jax.choice import Rules, choose
+from lora_jax.factors import Adapter, LoraParams
 from lora_jax.sites import Site
 from lora_jax.variants.full import Full
 from lora_jax.variants.lora import LoRA
