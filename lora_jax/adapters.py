@@ -164,9 +164,10 @@ def unmerge(params: Any, lora_params: Mapping[str, Adapter]) -> Any:
     """
     for path, adapter in lora_params.items():
         if not adapter.variant.invertible:
+            name = type(adapter.variant).__name__
             raise ValueError(
-                f"{path!r}: merging {type(adapter.variant).__name__} loses the leaf, so it cannot be undone: "
-                "keep the frozen tree, or leave the path out of lora_params (the leaf then keeps its trained value)"
+                f"{path!r}: merging {name} loses the leaf's own value, so it cannot be undone: keep the frozen "
+                "tree, or leave the path out of lora_params (the leaf then keeps its trained value)"
             )
     leaves, treedef = tree.flatten(params, is_leaf=is_factored)
     restored = {path: materialize(x) for path, x in _applied(leaves, lora_params, undo=True).items()}

@@ -130,8 +130,17 @@ def test_lora_xs_takes_singular_vectors():
     f = lora_params["w"].factors
     u, s, v = np.linalg.svd(W)
     assert error(f["A"] @ f["B"], u[:, :3] * s[:3] @ v[:3]) < 1e-5
-    with pytest.raises(ValueError, match="LoRAXS takes the leaf's SVD"):
-        lora.split(jax.random.key(0), {"w": jax.ShapeDtypeStruct((6, 8), "float32")}, {"w": lora.LoRAXS(rank=3)})
+
+
+@pytest.mark.parametrize("variant", [lora.DoRA(rank=3), lora.LoRAXS(rank=3)])
+def test_what_begins_from_values_needs_them(variant):
+    params = {"w": jax.ShapeDtypeStruct((6, 8), "float32")}
+    split = functools.partial(lora.split, jax.random.key(0), rules={"w": variant})
+    with pytest.raises(ValueError, match="begins from the leaf's values, and this one has none: split inside"):
+        split(params)
+    frozen, lora_params = jax.eval_shape(split, params)
+    found = lora.explain(lambda params, x: x @ params["w"])(lora.attach(frozen, lora_params), jnp.ones((4, 6)))
+    assert found.base_flops >= 2 * 4 * 6 * 8
 
 
 def test_lora_fa_s_gradient_is_projected():
