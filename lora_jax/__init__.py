@@ -1,10 +1,11 @@
 """LoRA for any JAX function over any pytree: the public names, and nothing else."""
 
 from lora_jax import rules as _rules  # noqa: F401  (imported for its effect: each rule registers itself with the interpreter)
-from lora_jax.adapters import Adapter, attach, dropout, merge, shared, split, unmerge
-from lora_jax.contract import Cost
+from lora_jax.adapters import attach, dropout, merge, split, unmerge
+from lora_jax.contract import Axis, Cost
 from lora_jax.explain import Explained, Explanation, explain
 from lora_jax.factored import Factored, FactoredError, Network, materialize
+from lora_jax.factors import Adapter, shared
 from lora_jax.formats.native import load, save
 from lora_jax.initial.capture import Moments, capture
 from lora_jax.initial.corda import corda
@@ -24,6 +25,7 @@ from lora_jax.variants import IA3, AdaLoRA, DoRA, Full, LoHa, LoKr, LoRA, LoRAFA
 __all__ = [
     "AdaLoRA",
     "Adapter",
+    "Axis",
     "Cost",
     "DoRA",
     "Explained",

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 from collections.abc import Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 import jax
 import jax.core
@@ -16,35 +14,9 @@ from jax import lax
 from lora_jax import tree
 from lora_jax.choice import Rules, choose
 from lora_jax.factored import Dropout, Factored, is_factored, materialize
+from lora_jax.factors import Adapter, LoraParams, key_of, pools, together
 from lora_jax.sites import Site
-from lora_jax.variants.base import FROZEN, SHARED, Variant
-
-LoraParams = dict[str, "Adapter"]
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["factors", "keys"], meta_fields=["variant", "site"])
-@dataclasses.dataclass(frozen=True, eq=False)
-class Adapter:
-    """What trains at one leaf: named factors, with the variant and the leaf's axes as static metadata.
-
-    Factors that several leaves share, as of VeRA, are an Adapter of their own, whose site is of kind "shared".
-
-    Attributes:
-      factors: Arrays by name; of LoRA, "A" and "B".
-      variant: How ΔW is made of them.
-      site: The leaf's shape, kind and axes.
-      keys: What `dropout` draws masks with, one PRNG key for each entry along the batch axes; None without it.
-    """
-
-    factors: dict[str, Any]
-    variant: Variant
-    site: Site
-    keys: Any = None
-
-
-def is_adapter(node: Any) -> TypeGuard[Adapter]:
-    """Whether a node of a tree is an Adapter; made for `is_leaf=`."""
-    return isinstance(node, Adapter)
+from lora_jax.variants.base import FROZEN, SHARED
 
 
 def split(
@@ -81,11 +53,11 @@ def split(
     frozen, lora_params = dict(leaves), LoraParams()
     for path, (variant, site) in choose(rules, arrays, sites).items():
         try:
-            frozen[path], factors = variant.initial(_key_of(key, path), arrays[path], site)
+            frozen[path], factors = variant.initial(key_of(key, path), arrays[path], site)
         except ValueError as error:
             raise ValueError(f"{path!r} {site.shape} as {variant.begun()}: {error}") from error
         lora_params[path] = Adapter(factors, variant.begun(), site)
-    lora_params |= _pools(key, leaves, lora_params)
+    lora_params |= pools(key, leaves, lora_params)
     if not lora_params:
         raise ValueError("the rules adapt no leaf, so nothing would train: give one of the paths a variant")
     return tree.unflatten(treedef, frozen), lora_params
@@ -145,7 +117,7 @@ def dropout(key: jax.Array, lora_params: Mapping[str, Adapter]) -> LoraParams:
         if not adapter.variant.dropout or adapter.site.kind == SHARED:
             return adapter
         batch, _, _ = adapter.site.sizes()
-        own = _key_of(key, path)
+        own = key_of(key, path)
         return dataclasses.replace(adapter, keys=jax.random.split(own, batch) if batch else own)
 
     return {path: with_keys(path, adapter) for path, adapter in lora_params.items()}
@@ -192,78 +164,15 @@ def unmerge(params: Any, lora_params: Mapping[str, Adapter]) -> Any:
     """
     for path, adapter in lora_params.items():
         if not adapter.variant.invertible:
+            name = type(adapter.variant).__name__
             raise ValueError(
-                f"{path!r}: {type(adapter.variant).__name__} replaces the leaf, so its merging cannot be undone: "
-                "keep the frozen tree, or leave the path out of lora_params (the leaf then keeps its trained value)"
+                f"{path!r}: merging {name} loses the leaf's own value, so it cannot be undone: keep the frozen "
+                "tree, or leave the path out of lora_params (the leaf then keeps its trained value)"
             )
     leaves, treedef = tree.flatten(params, is_leaf=is_factored)
     restored = {path: materialize(x) for path, x in _applied(leaves, lora_params, undo=True).items()}
     _check_finite(restored, leaves)
     return tree.unflatten(treedef, {**leaves, **restored})
-
-
-def together(lora_params: Mapping[str, Adapter]) -> LoraParams:
-    """The adapters of leaves alone, each with all of its factors, those too that it shares with others.
-
-    Raises:
-      ValueError: The shared factors of a leaf are not there.
-    """
-    for path, adapter in lora_params.items():
-        if not is_adapter(adapter):
-            raise ValueError(
-                f"lora_params has {adapter!r} at {path!r}, which is no Adapter: give what `split` returned"
-            )
-    joined = LoraParams()
-    for path, adapter in lora_params.items():
-        if adapter.site.kind == SHARED:
-            continue
-        if adapter.variant.shared:
-            pool = adapter.variant.shared_path
-            if pool not in lora_params:
-                raise ValueError(
-                    f"{path!r} as {adapter.variant} needs what lora_params holds at {pool!r}, which is not there: keep "
-                    "that entry together with those of the leaves"
-                )
-            adapter = dataclasses.replace(adapter, factors={**lora_params[pool].factors, **adapter.factors})
-        joined[path] = adapter
-    return joined
-
-
-def shared(variant: Variant, factors: Mapping[str, Any]) -> LoraParams:
-    """The entry of `lora_params` that holds what a variant's leaves share, from given factors.
-
-    `split` makes one by itself, at random; this one is for factors that come from elsewhere, such as a file.
-
-    Args:
-      variant: The variant.
-      factors: What `variant.shared` names.
-
-    Returns:
-      A dict from `variant.shared_path` to an Adapter.
-
-    Raises:
-      ValueError: The names are not those that the variant shares.
-
-    >>> import jax, jax.numpy as jnp, lora_jax as lora
-    >>> vera = lora.VeRA(rank=2)
-    >>> _, lora_params = lora.split(jax.random.key(0), {"w": jnp.ones((8, 4))}, {"w": vera})
-    >>> lora_params |= lora.shared(vera, {"A": jnp.ones((8, 2)), "B": jnp.ones((2, 4))})
-    """
-    if set(factors) != set(variant.shared):
-        raise ValueError(f"{variant} shares factors {[*variant.shared]}, not {[*factors]}")
-    return {variant.shared_path: Adapter(dict(factors), variant, Site((), SHARED))}
-
-
-def _pools(key: jax.Array, leaves: Mapping[str, Any], lora_params: LoraParams) -> LoraParams:
-    """What the leaves share, once for each path that their variants hold it at."""
-    users = [adapter for adapter in lora_params.values() if adapter.variant.shared]
-    pools = LoraParams()
-    for path, variant in {adapter.variant.shared_path: adapter.variant for adapter in reversed(users)}.items():
-        if path in leaves:
-            raise ValueError(f"{path!r} is a leaf, and {variant} holds shared factors there: rename the leaf")
-        sites = [adapter.site for adapter in users if adapter.variant.shared_path == path]
-        pools |= shared(variant, variant.pool(_key_of(key, path), sites))
-    return pools
 
 
 def _applied(leaves: Mapping[str, Any], lora_params: Mapping[str, Adapter], undo: bool = False) -> dict[str, Any]:
@@ -323,8 +232,3 @@ def _check_finite(results: Mapping[str, Any], before: Mapping[str, Any]) -> None
             f"{path!r}: {bad} of {results[path].size} merged weights are not finite, because {cause} not (or the sum "
             "overflows); nothing was changed: go back to a checkpoint from before training diverged"
         )
-
-
-def _key_of(key: jax.Array, path: str) -> jax.Array:
-    """A key that depends on the path alone, the same in every process and session."""
-    return jax.random.fold_in(key, int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "little"))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters import Adapter, LoraParams
+from lora_jax.factors import Adapter, LoraParams
 from lora_jax.variants.adalora import AdaLoRA
 
 
@@ -176,7 +176,9 @@ def orthogonality(lora_params: Mapping[str, Adapter]) -> jax.Array:
         batch, rank = adapter.factors["E"].shape[:-1], adapter.variant.rank  # pyright: ignore[reportAttributeAccessIssue]
         for rows in (adapter.factors["A"].reshape(*batch, -1, rank).mT, adapter.factors["B"].reshape(*batch, rank, -1)):
             apart = rows @ rows.mT - jnp.eye(rank, dtype=rows.dtype)
-            distances.append(jnp.linalg.norm(apart, axis=(-2, -1)).ravel())
+            squares = jnp.sum(apart**2, (-2, -1)).ravel()
+            zero = squares == 0  # where the norm has no gradient
+            distances.append(jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares))))
     if not distances:
         raise ValueError("no leaf is under AdaLoRA, so there is nothing to hold orthonormal: leave the term out")
     return jnp.mean(jnp.concatenate(distances))

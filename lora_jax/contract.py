@@ -113,6 +113,7 @@ def contract(
     whole: Set[Axis] = frozenset(),
     frozen: Set[int] = frozenset(),
     order: Callable[..., Order] = order,
+    dtype: Any = None,
     precision: Any = None,
     preferred_element_type: Any = None,
 ) -> jax.Array:
@@ -124,6 +125,8 @@ def contract(
       whole: The axes of the weight, which no product of factors alone may carry together.
       frozen: The operands, by number, that have no gradient.
       order: What chooses the order, from the operands' axes, those of the result, `whole` and `frozen`.
+      dtype: What factors are cast to where they are summed over, if not all operands are of one dtype; element by
+        element, products are made in the wider one, and the first operand keeps its own.
       precision: As in `jax.lax.dot_general`.
       preferred_element_type: As in `jax.lax.dot_general`.
 
@@ -136,8 +139,8 @@ def contract(
         right, left = live.pop(j), live.pop(i)
         keep = frozenset(out).union(*(axes for _, axes in live))
         # Only the last product leaves the dtype that is computed in: none is wider than it need be.
-        dtype = None if live else preferred_element_type
-        live.insert(i, _product(left, right, keep, precision, dtype))
+        wide = None if live else preferred_element_type
+        live.insert(i, _product(left, right, keep, i == 0, dtype, precision, wide))
     if len(live) > 1:
         raise ValueError(f"order {order} leaves {len(live)} of {len(operands)} operands unmultiplied: one is wanted")
     return _arrange(*live[0], out)
@@ -216,7 +219,13 @@ def _sum_out(array: jax.Array, axes: Axes, kept: Set[Axis]) -> tuple[jax.Array, 
 
 
 def _product(
-    left: tuple[jax.Array, Axes], right: tuple[jax.Array, Axes], keep: Set[Axis], precision: Any, dtype: Any
+    left: tuple[jax.Array, Axes],
+    right: tuple[jax.Array, Axes],
+    keep: Set[Axis],
+    is_lead: bool,
+    dtype: Any,
+    precision: Any,
+    preferred_element_type: Any,
 ) -> tuple[jax.Array, Axes]:
     """The product of two operands over their shared axes that are not in `keep`."""
     (a, a_axes), (b, b_axes) = left, right
@@ -227,13 +236,16 @@ def _product(
     b_free = tuple(axis for axis in b_axes if axis not in shared)
     if not summed:  # nothing to sum: an element-wise product, with broadcasting
         out = (*a_axes, *b_free)
-        return _arrange(a, a_axes, out) * _arrange(b, b_axes, out), out
+        wide = jnp.promote_types(a.dtype, b.dtype)
+        product = _arrange(a, a_axes, out).astype(wide) * _arrange(b, b_axes, out).astype(wide)
+        return (product.astype(a.dtype) if is_lead else product), out
     (a_sum, a_batch), (b_sum, b_batch) = (
         [tuple(axes.index(axis) for axis in group) for group in (summed, batch)] for axes in (a_axes, b_axes)
     )
     dims = ((a_sum, b_sum), (a_batch, b_batch))
     out = (*batch, *a_free, *b_free)
-    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=dtype), out
+    a, b = a if is_lead or not dtype else a.astype(dtype), b.astype(dtype) if dtype else b
+    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=preferred_element_type), out
 
 
 def _arrange(array: jax.Array, axes: Axes, out: Axes) -> jax.Array:

@@ -102,13 +102,13 @@ class Network:
         """An activation as the network gets it, with its axes: those come first that it did not have."""
         return self.dropout.on(x, axes) if self.dropout else (x, axes)
 
-    def at(self, dtype: Any) -> list[tuple[jax.Array, Axes]]:
-        """The operands with their axes, the scale folded in, in the dtype they are to be multiplied in."""
+    def at(self, dtype: Any = None) -> list[tuple[jax.Array, Axes]]:
+        """The operands with their axes, the scale folded in, in a dtype if one is given."""
         operands = list(self.operands)
         if self.scale != 1.0:
             small = min(range(len(operands)), key=lambda i: operands[i].size)
             operands[small] = operands[small] * self.scale
-        return [(array.astype(dtype), axes) for array, axes in zip(operands, self.axes, strict=True)]
+        return [(array.astype(dtype or array.dtype), axes) for array, axes in zip(operands, self.axes, strict=True)]
 
 
 @functools.partial(
@@ -380,10 +380,14 @@ def total(value: Factored, dtype: Any = None, precision: Any = None) -> jax.Arra
     """The sum of the value's networks: an array of its own dtype, computed in `dtype`, or else in that too."""
     if not value.terms:
         return jnp.zeros(value.shape, value.dtype)
-    terms = [
-        contract(t.at(dtype or value.dtype), value.axes, frozen=t.frozen, precision=precision) for t in value.terms
-    ]
-    return reshape(functools.reduce(jnp.add, terms).astype(value.dtype), value.shape)
+    wide = dtype or value.dtype
+
+    def formed(term: Network) -> jax.Array:
+        (first, axes), *rest = term.at(dtype)
+        operands = [(first.astype(wide), axes), *rest]
+        return contract(operands, value.axes, frozen=term.frozen, dtype=wide, precision=precision).astype(wide)
+
+    return reshape(functools.reduce(jnp.add, map(formed, value.terms)).astype(value.dtype), value.shape)
 
 
 def cost_of(value: Factored, rows: Axes = ()) -> Cost:

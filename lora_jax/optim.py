@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import optax
 
-from lora_jax.adapters import Adapter, is_adapter
+from lora_jax.factors import Adapter, is_adapter
 from lora_jax.sites import Site
 from lora_jax.variants.base import FROZEN
 from lora_jax.variants.lora_fa import LoRAFA
@@ -130,7 +130,7 @@ def fa_gradients(damping: float = 1e-8) -> optax.GradientTransformation:
             )
         return jax.tree.map(corrected, updates, params, is_leaf=is_adapter), state
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformation(optax.init_empty_state, update)
 
 
 def _multi(transforms: dict[str, optax.GradientTransformation], group: Any) -> optax.GradientTransformationExtraArgs:

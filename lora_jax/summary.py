@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax import tree
-from lora_jax.adapters import Adapter, together
+from lora_jax.factors import Adapter, together
 from lora_jax.table import dimensions, table
 from lora_jax.variants.base import FROZEN
 

@@ -12,7 +12,7 @@ import numpy as np
 
 import lora_jax as lora
 from lora_jax import compat
-from lora_jax.adapters import together
+from lora_jax.factors import together
 
 # Equations that show a weight from another side. A broadcast is none of them: zeros of a weight's shape are one.
 VIEWS = {
@@ -60,7 +60,7 @@ def error(found: Any, expected: Any) -> float:
 
 def all_adaptable(variant: lora.Variant) -> Any:
     """The rule that adapts every leaf that can be."""
-    return lambda path, site: variant if site.adaptable else None
+    return lambda path, site: variant if site.adaptable and site.kind in variant.kinds else None
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:

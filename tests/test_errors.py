@@ -179,7 +179,7 @@ def test_infinity_in_the_base():
 
 def test_unmerging_what_was_replaced():
     frozen, lora_params = adapted(rules={"dense/bias": lora.Full()})
-    with pytest.raises(ValueError, match="'dense/bias': Full replaces the leaf"):
+    with pytest.raises(ValueError, match="'dense/bias': merging Full loses the leaf's own value"):
         lora.unmerge(lora.merge(frozen, lora_params), lora_params)
 
 

@@ -16,7 +16,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize
 
-from lora_jax.adapters import Adapter, applied_to, together
+from lora_jax.adapters import applied_to
+from lora_jax.factors import Adapter, together
 from lora_jax.sites import Site
 from lora_jax.variants.base import SHARED, Variant
 

@@ -154,11 +154,12 @@ def _multiply(x: jax.Array, terms: tuple[Network, ...], product: Product) -> jax
         activation, axes = term.drop(x, how.x_axes)
         activation = reshape(activation, tuple(axis.size for axis in axes))
         part = contract(
-            [(activation, axes), *term.at(how.dtype)],
+            [(activation, axes), *term.at()],
             how.out,
             whole=how.whole,
             frozen=after_lead(term),
             order=how.order,
+            dtype=how.dtype,
             precision=how.precision,
             preferred_element_type=how.preferred_element_type,
         )

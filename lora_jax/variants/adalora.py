@@ -22,7 +22,7 @@ class AdaLoRA(Variant):
     of `lora_jax.budget`, added to the loss, keeps A's columns and B's rows orthonormal; `allocate` there sets those
     entries of E to zero that matter least, of all leaves together. Shapes never change.
 
-    A training step of n inputs costs 4ndk + 6nr(d + k) + 3nr FLOPs at a kernel (d, k), of which 4ndk are the base's.
+    A training step of n inputs costs 4ndk + 6nr(d + k) + 4nr FLOPs at a kernel (d, k), of which 4ndk are the base's.
 
     Args:
       rank: The number of entries of E to begin with; at least 1, at most the smaller side of the weight.

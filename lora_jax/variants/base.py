@@ -103,7 +103,7 @@ class Variant(abc.ABC):
 
     def undo(self, merged: Factored, factors: Factors, site: Site) -> Factored:
         """What `unmerge` puts at the leaf, from what `merge` made of it: merged - ΔW."""
-        value = self.apply(merged, factors, site)
+        value: Any = self.apply(merged, factors, site)
         deltas = tuple(dataclasses.replace(delta, scale=-delta.scale) for delta in value.deltas)
         return dataclasses.replace(value, deltas=deltas)
 
@@ -124,15 +124,13 @@ class Variant(abc.ABC):
         return f"shared/{type(self).__name__}"
 
     def pool(self, key: jax.Array, sites: Sequence[Site]) -> Factors:
-        """The `shared` factors, for leaves at these sites.
+        """The `shared` factors, for leaves at these sites; most variants have none.
 
         Args:
           key: A key of their own.
           sites: Those of all leaves whose variants have this `shared_path`.
         """
-        raise NotImplementedError(
-            f"{type(self).__name__}.shared names factors, so it needs a method pool that makes them"
-        )
+        return {}
 
 
 @dataclasses.dataclass(frozen=True)

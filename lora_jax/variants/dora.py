@@ -13,6 +13,7 @@ from lora_jax.contract import Axis, contract
 from lora_jax.factored import Factored, weight_axes
 from lora_jax.sites import Site
 from lora_jax.variants.base import Factors, rank_axis
+from lora_jax.variants.hyperparameters import check_has_values
 from lora_jax.variants.lora import LoRA
 
 
@@ -29,7 +30,7 @@ class DoRA(LoRA):
     A column that is zero counts as of length 1, so it trains, where m / ‖V‖ would be 0 / 0.
 
     Beyond LoRA's 4ndk + 6nr(d + k), a training step of n inputs costs 2drk + 2dk + 2dr² + 2kr² FLOPs for the norm and
-    3nk for the scaling, at a kernel (d, k).
+    4nk for the scaling, at a kernel (d, k).
 
     Args:
       rank: As in `LoRA`.
@@ -54,6 +55,7 @@ class DoRA(LoRA):
 
     def initial(self, key: jax.Array, weight: Any, site: Site) -> tuple[Any, Factors]:
         """A and B as LoRA's, and the norms of what they and the frozen weight make."""
+        check_has_values(self, weight)
         weight, factors = super().initial(key, weight, site)
         return weight, {**factors, "magnitude": jnp.sqrt(self._squares(weight, factors, site)).astype(self.dtype)}
 
@@ -73,7 +75,7 @@ class DoRA(LoRA):
 
     def _squares(self, weight: Any, factors: Factors, site: Site) -> jax.Array:
         """‖V‖² over the in axes, as a constant to differentiation: ‖W‖² + Σ B∘(2s·AᵀW + s²·(AᵀA)·B) over the rank."""
-        w, a, b = map(lax.stop_gradient, (weight, factors["A"], factors["B"]))
+        w, a, b = (lax.stop_gradient(jnp.asarray(x)) for x in (weight, factors["A"], factors["B"]))
         wide = jnp.promote_types(jnp.promote_types(w.dtype, self.dtype), jnp.float32)
         exact = {"precision": lax.Precision.HIGHEST, "preferred_element_type": wide}
         batch, inner, outer = site.axes()

@@ -1,10 +1,11 @@
-"""What hyperparameters may be, for the variants that have them: rank, alpha, dtype, dropout."""
+"""What variants check: their hyperparameters, where they have them, and that a leaf suits them."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from lora_jax.sites import Site
@@ -31,6 +32,17 @@ def check(variant: Any) -> None:
         object.__setattr__(variant, "alpha", float(alpha))
     if getattr(variant, "dtype", None) is not None:
         object.__setattr__(variant, "dtype", jnp.dtype(variant.dtype).name)
+
+
+def check_has_values(variant: Any, weight: Any) -> None:
+    """Checks that a leaf is an array, for a variant that begins from its values.
+
+    Raises:
+      ValueError: It is a `jax.ShapeDtypeStruct`.
+    """
+    if isinstance(weight, jax.ShapeDtypeStruct):
+        name = type(variant).__name__
+        raise ValueError(f"{name} begins from the leaf's values, and this one has none: split inside jax.eval_shape")
 
 
 def check_fits(rank: int, site: Site) -> None:

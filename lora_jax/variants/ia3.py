@@ -20,7 +20,7 @@ class IA3(Variant):
     The one factor, `scale`, begins as ones: it has the weight's batch axes and its out axes, or its in axes. It scales
     the leaf alone: a bias is a leaf of its own, which PEFT scales along with the outputs of its layer.
 
-    A training step of n inputs costs 4ndk + 3nk FLOPs at a kernel (d, k), of which 4ndk are the base's; 4ndk + 3nd if
+    A training step of n inputs costs 4ndk + 4nk FLOPs at a kernel (d, k), of which 4ndk are the base's; 4ndk + 4nd if
     the inputs are scaled.
 
     Args:

@@ -29,8 +29,8 @@ class LoKr(Variant):
     size, is split between two of them or inside one, so not always as near to the square root as its product could be.
     Of a convolution the channels are split, and A (or AB) has the window's axes before its inputs.
 
-    A training step of n inputs costs 4ndk + 6nr(d + k) + 6nr·d1·k1 FLOPs at most at a kernel (d, k), of which 4ndk are
-    the base's: 4ndk + 6n·d1·k2·(d2 + k1) with `AB`, if d1·k2 ≤ d2·k1.
+    A training step of n inputs costs 4ndk + 6nr(d + k + d1·k1) FLOPs at a kernel (d, k), of which 4ndk are the base's,
+    and with `AB` the smaller of 4ndk + 6n·d1·k2·(d2 + k1) and 4ndk + 6n·d2·k1·(d1 + k2).
 
     Args:
       rank: The number of columns of A.

@@ -13,7 +13,7 @@ from lora_jax.contract import Axis
 from lora_jax.factored import Network
 from lora_jax.sites import Site
 from lora_jax.variants.base import FROZEN, Factors, Variant, rank_axis
-from lora_jax.variants.hyperparameters import check, check_fits
+from lora_jax.variants.hyperparameters import check, check_fits, check_has_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +59,7 @@ class LoRAXS(Variant):
     def initial(self, key: jax.Array, weight: Any, site: Site) -> tuple[Any, Factors]:
         """A and B from the weight, which stays as it is, and R zero."""
         check_fits(self.rank, site)
-        if isinstance(weight, jax.ShapeDtypeStruct):
-            raise ValueError(
-                "LoRAXS takes the leaf's singular vectors, and this one has no values: split inside jax.eval_shape"
-            )
+        check_has_values(self, weight)
         batch, inner, outer = site.sizes()
         rows = jnp.transpose(jnp.asarray(weight), (*site.batch_axes, *site.in_axes, *site.out_axes))
         matrix = rows.reshape(*batch, math.prod(inner), math.prod(outer))

@@ -25,7 +25,7 @@ class VeRA(Variant):
     writes them; `lora_jax.shared` makes that entry from projections that come from elsewhere. A leaf has d, (rank,),
     and b, of the weight's out axes; both have its batch axes too.
 
-    A training step of n inputs costs 4ndk + 4nr(d + k) + 3nr + 3nk FLOPs at a kernel (d, k), of which 4ndk are the
+    A training step of n inputs costs 4ndk + 4nr(d + k) + 4nr + 4nk FLOPs at a kernel (d, k), of which 4ndk are the
     base's: what is frozen needs no gradient.
 
     Args:
