@@ -13,7 +13,7 @@ from checks import error, normal
 from leaves import LEAVES, VARIANTS, Rescaled, as_matrices, base, best, delta, full, made
 
 import lora_jax as lora
-from lora_jax import task_arithmetic
+from lora_jax.algebra import task_arithmetic
 from lora_jax.algebra.combine import METHODS
 
 PEFT = Path(__file__).parent / "fixtures" / "peft_combinations.npz"
