@@ -236,7 +236,7 @@ def _product(
     b_free = tuple(axis for axis in b_axes if axis not in shared)
     if not summed:  # nothing to sum: an element-wise product, with broadcasting
         out = (*a_axes, *b_free)
-        wide = jnp.promote_types(a.dtype, b.dtype)
+        wide = wider(a.dtype, b.dtype)
         product = _arrange(a, a_axes, out).astype(wide) * _arrange(b, b_axes, out).astype(wide)
         return (product.astype(a.dtype) if is_lead else product), out
     (a_sum, a_batch), (b_sum, b_batch) = (
@@ -255,6 +255,16 @@ def _arrange(array: jax.Array, axes: Axes, out: Axes) -> jax.Array:
         return array
     dims = tuple(d for d, axis in enumerate(out) if axis in axes)
     return lax.broadcast_in_dim(array, tuple(axis.size for axis in out), dims)
+
+
+def wider(*dtypes: Any) -> Any:
+    """The dtype that holds each of these, whatever JAX is told of promotion.
+
+    >>> wider("bfloat16", "float16")
+    dtype('float32')
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes)
 
 
 def transpose(array: jax.Array, permutation: Sequence[int]) -> jax.Array:

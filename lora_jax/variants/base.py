@@ -33,7 +33,6 @@ class Variant(abc.ABC):
     Attributes:
       invertible: Whether `unmerge` can take ΔW out of merged weights again.
       needs_axes: Whether the variant needs to know a leaf's in and out axes.
-      kinds: The kinds of leaves that it adapts, where it needs axes.
       shared: The names of factors that all its leaves have in common; `pool` makes them.
       dropout: The probability that `dropout` drops an input of ΔW; a field of those variants that have it.
       registry: All variants by name, which is what a saved file knows them by.
@@ -42,7 +41,6 @@ class Variant(abc.ABC):
     registry: ClassVar[dict[str, type[Variant]]] = {}
     invertible: ClassVar[bool] = True
     needs_axes: ClassVar[bool] = True
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "embedding")
     shared: ClassVar[tuple[str, ...]] = ()
     dropout = 0.0
 
@@ -113,6 +111,11 @@ class Variant(abc.ABC):
 
         A frozen factor gets no gradient at all. Factors that not every leaf has are named too.
         """
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of leaves that it adapts, of those that have in and out axes."""
+        return ("linear", "conv", "embedding")
 
     def names(self, site: Site) -> tuple[str, ...]:
         """The factors that a leaf at this site has of its own."""

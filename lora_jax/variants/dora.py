@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.contract import Axis, contract
+from lora_jax.contract import Axis, contract, wider
 from lora_jax.factored import Factored, weight_axes
 from lora_jax.sites import Site
 from lora_jax.variants.base import Factors, rank_axis
@@ -76,7 +76,7 @@ class DoRA(LoRA):
     def _squares(self, weight: Any, factors: Factors, site: Site) -> jax.Array:
         """‖V‖² over the in axes, as a constant to differentiation: ‖W‖² + Σ B∘(2s·AᵀW + s²·(AᵀA)·B) over the rank."""
         w, a, b = (lax.stop_gradient(jnp.asarray(x)) for x in (weight, factors["A"], factors["B"]))
-        wide = jnp.promote_types(jnp.promote_types(w.dtype, self.dtype), jnp.float32)
+        wide = wider(w.dtype, self.dtype, "float32")
         exact = {"precision": lax.Precision.HIGHEST, "preferred_element_type": wide}
         batch, inner, outer = site.axes()
         w_axes, rank, other = weight_axes(site.shape), rank_axis(self.rank), Axis("other rank", self.rank)

@@ -46,6 +46,11 @@ class IA3(Variant):
             raise ValueError(f"IA3(side={self.side!r}): the side is 'out' or 'in'")
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """All; but a convolution with inputs scaled, at each place of its window, would have to form its kernel."""
+        return super().kinds if self.side == "out" else ("linear", "embedding")
+
     def initial(self, key: jax.Array, weight: Any, site: Site) -> tuple[Any, Factors]:
         """Ones."""
         batch, inner, outer = site.sizes()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,6 @@ class LoKr(Variant):
     init: str | Callable[..., jax.Array] = dataclasses.field(default="normal", compare=False)
     dtype: str = "float32"
     dropout: float = 0.0
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv")
 
     def __post_init__(self) -> None:
         check(self)
@@ -71,6 +70,11 @@ class LoKr(Variant):
     def scale(self) -> float:
         """The number s."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Matrices and convolutions."""
+        return ("linear", "conv")
 
     def initial(self, key: jax.Array, weight: Any, site: Site) -> tuple[Any, Factors]:
         """C zero, and the others random; the weight stays as it is."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.contract import contract
+from lora_jax.contract import contract, wider
 from lora_jax.factored import Network
 from lora_jax.sites import Site
 from lora_jax.variants.base import FROZEN, Factors
@@ -55,7 +55,7 @@ class LoRAFA(LoRA):
         a_axes, b_axes = self.delta(factors, site).axes
         rank, other = a_axes[-1], dataclasses.replace(a_axes[-1], name="other rank")
         exact: dict[str, Any] = {"precision": lax.Precision.HIGHEST}
-        a, g = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (factors["A"], gradient))
+        a, g = (x.astype(wider(x.dtype, "float32")) for x in (factors["A"], gradient))
         gram = contract([(a, a_axes), (a, (*batch, *inner, other))], (*batch, rank, other), **exact)
         rows = g.reshape(*g.shape[: len(batch) + 1], -1)
         solved = jnp.linalg.solve(gram + damping * jnp.eye(self.rank, dtype=gram.dtype), rows)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.contract import Axis
+from lora_jax.contract import Axis, wider
 from lora_jax.factored import Network
 from lora_jax.sites import Site
 from lora_jax.variants.base import FROZEN, Factors, Variant, rank_axis
@@ -63,7 +63,7 @@ class LoRAXS(Variant):
         batch, inner, outer = site.sizes()
         rows = jnp.transpose(jnp.asarray(weight), (*site.batch_axes, *site.in_axes, *site.out_axes))
         matrix = rows.reshape(*batch, math.prod(inner), math.prod(outer))
-        u, values, v = jnp.linalg.svd(matrix.astype(jnp.promote_types(self.dtype, jnp.float32)), full_matrices=False)
+        u, values, v = jnp.linalg.svd(matrix.astype(wider(self.dtype, "float32")), full_matrices=False)
         a = (u[..., : self.rank] * values[..., None, : self.rank]).reshape(*batch, *inner, self.rank)
         b = v[..., : self.rank, :].reshape(*batch, self.rank, *outer)
         r = jnp.zeros((*batch, self.rank, self.rank), self.dtype)
