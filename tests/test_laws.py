@@ -35,11 +35,11 @@ VARIANTS = {
     "LoRAXS": lora.LoRAXS(rank=3, alpha=4),
 }
 FLOAT32 = [name for name in ZOO if name != "bfloat16"]
-# Every model with one variant, every variant with the model that uses its weights in most ways, and those of other
-# forms with one that scans over them.
-OTHERS = ("DoRA", "IA3", "VeRA", "LoHa", "LoKr", "AdaLoRA", "LoRAFA", "LoRAXS")
+# Every model with one variant, and every variant with the model that uses its weights in most ways.
 CASES = [(model, "LoRA") for model in ZOO] + [("by_hand", variant) for variant in VARIANTS if variant != "LoRA"]
-CASES += [("linen", variant) for variant in OTHERS]
+CASES += [("linen", "DoRA"), ("linen", "VeRA")]
+# Where ΔW is a product of more factors, they are drawn larger.
+SCALES = {"VeRA": 0.5, "LoHa": 0.4}
 
 
 @functools.cache
@@ -86,7 +86,7 @@ def test_starts_at_the_base(model, variant):
 
 @pytest.mark.parametrize(("model", "variant"), [case for case in CASES if case[0] in FLOAT32])
 def test_lifted_equals_merged(model, variant):
-    lora_params = randomized(prepared(model, variant)[-1])
+    lora_params = randomized(prepared(model, variant)[-1], SCALES.get(variant, 0.1))
     assert error(lifted_step(model, variant)(lora_params), merged_step(model, variant)(lora_params)) < 1e-5
 
 
@@ -97,16 +97,17 @@ def test_lifted_equals_merged_without_jit():
     assert error(found, merged_step("equinox", "LoRA")(lora_params)) < 1e-5
 
 
-def test_bfloat16_is_as_exact_as_merging():
+@pytest.mark.parametrize("variant", ["LoRA", "DoRA"])
+def test_bfloat16_is_as_exact_as_merging(variant):
     """On the average of several draws: of one, either may be the better."""
-    _, _, batch, frozen, lora_params = prepared("bfloat16", "LoRA")
+    _, _, batch, frozen, lora_params = prepared("bfloat16", variant)
     exact_loss, *_ = ZOO["linen"]()
     wide = jax.tree.map(lambda x: np.asarray(x).astype(np.float32), frozen)
     exact = jax.jit(jax.grad(lambda lp: exact_loss(lora.merge(wide, lp), *batch)))
     errors = []
     for seed in range(8):
         drawn = randomized(lora_params, seed=seed)
-        (_, lifted), (_, merged) = (step("bfloat16", "LoRA")(drawn) for step in (lifted_step, merged_step))
+        (_, lifted), (_, merged) = (step("bfloat16", variant)(drawn) for step in (lifted_step, merged_step))
         assert {x.dtype for x in jax.tree.leaves(lifted)} == {np.dtype("float32")}
         errors.append((error(lifted, exact(drawn)), error(merged, exact(drawn))))
     lifted, merged = np.mean(errors, axis=0)
@@ -126,7 +127,7 @@ def test_no_weight_is_formed(model, variant):
 @pytest.mark.parametrize(("model", "variant"), CASES)
 def test_unmerge_undoes_merge(model, variant):
     _, _, _, frozen, lora_params = prepared(model, variant)
-    lora_params = randomized(lora_params)
+    lora_params = randomized(lora_params, SCALES.get(variant, 0.1))
     merged = lora.merge(frozen, lora_params)
     if not VARIANTS[variant].invertible:
         with pytest.raises(ValueError, match="cannot be undone"):

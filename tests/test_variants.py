@@ -20,7 +20,7 @@ VARIANTS = {
     "DoRA": lora.DoRA(rank=2, alpha=3),
     "IA3": lora.IA3(),
     "IA3_in": lora.IA3(side="in"),
-    "VeRA": lora.VeRA(rank=5),
+    "VeRA": lora.VeRA(rank=3),
     "LoHa": lora.LoHa(rank=2),
     "LoKr": lora.LoKr(rank=1),
     "AdaLoRA": lora.AdaLoRA(rank=2),
@@ -206,29 +206,37 @@ def test_vera_without_its_projections_is_an_error():
 
 
 @functools.cache
-def convolved():
-    """A convolution and experts, of both of which LoKr adapts the latter."""
-    params = {"kernel": normal(3, 3, 4, 7), "experts": normal(3, 7, 5, seed=1)}
+def of_all_kinds():
+    """An embedding, layers that a loop scans over and rematerializes, a convolution, experts."""
+    shapes = {"embed": (11, 8), "layers": (3, 8, 8), "kernel": (3, 8, 5), "experts": (2, 5, 6)}
+    params = {name: normal(*shape, seed=len(name), scale=0.5) for name, shape in shapes.items()}
 
-    def loss(params, x):
-        dims = ("NHWC", "HWIO", "NHWC")
-        x = jnp.tanh(lax.conv_general_dilated(x, params["kernel"], (1, 1), "SAME", dimension_numbers=dims))
-        return jnp.sum(jnp.einsum("bhwd,edf->ebhwf", x, params["experts"]) ** 2)
+    @jax.checkpoint
+    def layer(x, w):
+        return x + jnp.tanh(x @ w), None
 
-    x = normal(2, 5, 5, 4, seed=2)
-    return loss, params, x, lora.sites(loss, params, x)
+    def loss(params, tokens):
+        x, _ = lax.scan(layer, params["embed"][tokens], params["layers"])
+        x = jnp.tanh(
+            lax.conv_general_dilated(x, params["kernel"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+        )
+        return jnp.mean(jnp.einsum("bld,edf->eblf", x, params["experts"]) ** 2)
+
+    tokens = jnp.arange(14).reshape(2, 7) % 11
+    return loss, params, tokens, lora.sites(loss, params, tokens)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_convolutions_and_experts(name):
-    loss, params, x, sites = convolved()
+def test_leaves_of_all_kinds(name):
+    loss, params, tokens, sites = of_all_kinds()
     frozen, lora_params = lora.split(jax.random.key(0), params, all_adaptable(VARIANTS[name]), sites=sites)
-    assert ("kernel" in lora_params) == (name not in ("LoKr", "IA3_in"))
-    step = jax.value_and_grad(lambda lp: lora.lift(loss)(lora.attach(frozen, lp), x))
-    assert float(step(lora_params)[0]) == pytest.approx(float(loss(params, x)), rel=1e-5)
-    lora_params = randomized(lora_params)
-    expected = jax.value_and_grad(lambda lp: loss(lora.merge(frozen, lp), x))(lora_params)
-    assert error(jax.jit(step)(lora_params), expected) < 1e-5
+    missing = {"LoKr": {"embed", "kernel"}, "IA3_in": {"kernel"}}.get(name, set())
+    assert params.keys() - lora_params.keys() == missing
+    step = jax.jit(jax.value_and_grad(lambda lp: lora.lift(loss)(lora.attach(frozen, lp), tokens)))
+    assert float(step(lora_params)[0]) == pytest.approx(float(loss(params, tokens)), rel=1e-6)
+    lora_params = randomized(lora_params, 0.5)
+    expected = jax.jit(jax.value_and_grad(lambda lp: loss(lora.merge(frozen, lp), tokens)))(lora_params)
+    assert error(step(lora_params), expected) < 1e-5
     assert formed(jax.make_jaxpr(step)(lora_params), lora_params) == []
 
 
@@ -279,7 +287,7 @@ def test_scales_and_learning_rates_trade_places():
 
 
 def test_a_variant_says_what_it_does_not_adapt():
-    *_, params, _, sites = convolved()
+    _, params, _, sites = of_all_kinds()
     for variant, kinds in ((lora.LoKr(rank=1), "linear"), (lora.IA3(side="in"), "linear, embedding")):
         with pytest.raises(ValueError, match=f"'kernel' is of kind 'conv', and .* adapts leaves of kind {kinds} alone"):
             lora.split(jax.random.key(0), params, {"kernel": variant}, sites=sites)
