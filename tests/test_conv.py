@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -252,7 +251,7 @@ def assert_lifted_equals_merged(fun, value, x):
     lifted = with_gradients(lambda operands, x: lora.lift(fun)(attached(operands), x))
     merged = with_gradients(lambda operands, x: fun(materialize(attached(operands)), x))
     assert error(lifted(operands, x), merged(operands, x)) < 1e-4  # of a number, it is that of a long sum
-    kernel = types.SimpleNamespace(site=Site(W.shape, "conv", (), (0, 1, 2), (3,)))
+    kernel = lora.Adapter({}, lora.LoRA(1), Site(W.shape, "conv", (), (0, 1, 2), (3,)))
     assert formed(jax.make_jaxpr(lifted)(operands, x), {"w": kernel}) == []
 
 

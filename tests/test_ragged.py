@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -156,7 +155,7 @@ def assert_lifted_equals_merged(fun, value, x):
     merged = with_gradients(lambda *args: fun(materialize(attached(*args[:2])), args[2]))
     args = scales, deltas, x
     assert error(lifted(*args), merged(*args)) < 1e-4  # of a number, it is that of a long sum
-    weight = types.SimpleNamespace(site=Site(W.shape, "linear", (0,), (1,), (2,)))
+    weight = lora.Adapter({}, lora.LoRA(1), Site(W.shape, "linear", (0,), (1,), (2,)))
     assert formed(jax.make_jaxpr(lifted)(*args), {"w": weight}) == []
 
 
