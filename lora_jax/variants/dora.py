@@ -82,7 +82,8 @@ class DoRA(LoRA):
         w_axes, rank, other = weight_axes(site.shape), rank_axis(self.rank), Axis("other rank", self.rank)
         a_axes, b_axes, kept = (*batch, *inner, rank), (*batch, rank, *outer), batch + outer
         # In the weight's own dtype, so that no wider copy of it is made, but added up in the wide one.
-        projected = contract([(a.astype(w.dtype), a_axes), (w, w_axes)], b_axes, **exact)
+        # The weight comes first: JAX 0.10 on a CPU multiplies no bfloat16 by an array of three dimensions into float32.
+        projected = contract([(w, w_axes), (a.astype(w.dtype), a_axes)], b_axes, **exact)
         a, b = a.astype(wide), b.astype(wide)
         gram = contract([(a, a_axes), (a, (*batch, *inner, other))], (*batch, rank, other), **exact)
         crossed = contract([(gram, (*batch, rank, other)), (b, (*batch, other, *outer))], b_axes, **exact)
