@@ -217,9 +217,8 @@ def of_all_kinds():
 
     def loss(params, tokens):
         x, _ = lax.scan(layer, params["embed"][tokens], params["layers"])
-        x = jnp.tanh(
-            lax.conv_general_dilated(x, params["kernel"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
-        )
+        dims = ("NWC", "WIO", "NWC")
+        x = jnp.tanh(lax.conv_general_dilated(x, params["kernel"], (1,), "SAME", dimension_numbers=dims))
         return jnp.mean(jnp.einsum("bld,edf->eblf", x, params["experts"]) ** 2)
 
     tokens = jnp.arange(14).reshape(2, 7) % 11

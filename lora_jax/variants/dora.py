@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.contract import Axis, contract, wider
-from lora_jax.factored import Factored, weight_axes
+from lora_jax.contract import Axis, contract, size_of, transpose, wider
+from lora_jax.factored import Factored
 from lora_jax.sites import Site
 from lora_jax.variants.base import Factors, rank_axis
 from lora_jax.variants.hyperparameters import check_has_values
@@ -78,15 +78,20 @@ class DoRA(LoRA):
         w, a, b = (lax.stop_gradient(jnp.asarray(x)) for x in (weight, factors["A"], factors["B"]))
         wide = wider(w.dtype, self.dtype, "float32")
         exact = {"precision": lax.Precision.HIGHEST, "preferred_element_type": wide}
+        # Each side as one axis: JAX 0.10 on a CPU multiplies no bfloat16 of more dimensions into float32.
         batch, inner, outer = site.axes()
-        w_axes, rank, other = weight_axes(site.shape), rank_axis(self.rank), Axis("other rank", self.rank)
-        a_axes, b_axes, kept = (*batch, *inner, rank), (*batch, rank, *outer), batch + outer
+        d, k, r, r2 = Axis("in", size_of(inner)), Axis("out", size_of(outer)), rank_axis(self.rank), Axis("r2", self.rank)
+        sizes = tuple(axis.size for axis in batch)
+        w = transpose(w, (*site.batch_axes, *site.in_axes, *site.out_axes)).reshape(*sizes, d.size, k.size)
+        a, b = a.reshape(*sizes, d.size, r.size), b.reshape(*sizes, r.size, k.size)
         # In the weight's own dtype, so that no wider copy of it is made, but added up in the wide one.
-        # The weight comes first: JAX 0.10 on a CPU multiplies no bfloat16 by an array of three dimensions into float32.
+        w_axes, a_axes, b_axes = (*batch, d, k), (*batch, d, r), (*batch, r, k)
         projected = contract([(w, w_axes), (a.astype(w.dtype), a_axes)], b_axes, **exact)
         a, b = a.astype(wide), b.astype(wide)
-        gram = contract([(a, a_axes), (a, (*batch, *inner, other))], (*batch, rank, other), **exact)
-        crossed = contract([(gram, (*batch, rank, other)), (b, (*batch, other, *outer))], b_axes, **exact)
+        gram = contract([(a, a_axes), (a, (*batch, d, r2))], (*batch, r, r2), **exact)
+        crossed = contract([(gram, (*batch, r, r2)), (b, (*batch, r2, k))], b_axes, **exact)
         both = 2 * self.scale * projected + self.scale**2 * crossed
+        kept = (*batch, k)
         squares = contract([(w, w_axes), (w, w_axes)], kept, **exact) + contract([(both, b_axes), (b, b_axes)], kept)
-        return jnp.maximum(squares, 0)  # which rounding alone could make negative
+        # Rounding alone could make it negative.
+        return jnp.maximum(squares, 0).reshape(*sizes, *(axis.size for axis in outer))
