@@ -80,7 +80,8 @@ class DoRA(LoRA):
         exact = {"precision": lax.Precision.HIGHEST, "preferred_element_type": wide}
         # Each side as one axis: JAX 0.10 on a CPU multiplies no bfloat16 of more dimensions into float32.
         batch, inner, outer = site.axes()
-        d, k, r, r2 = Axis("in", size_of(inner)), Axis("out", size_of(outer)), rank_axis(self.rank), Axis("r2", self.rank)
+        d, k = Axis("in", size_of(inner)), Axis("out", size_of(outer))
+        r, r2 = rank_axis(self.rank), Axis("other rank", self.rank)
         sizes = tuple(axis.size for axis in batch)
         w = transpose(w, (*site.batch_axes, *site.in_axes, *site.out_axes)).reshape(*sizes, d.size, k.size)
         a, b = a.reshape(*sizes, d.size, r.size), b.reshape(*sizes, r.size, k.size)
