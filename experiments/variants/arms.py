@@ -1,7 +1,7 @@
 """What competes: each arm trains all linear layers its own way, with as many parameters as LoRA of rank 8.
 
-An arm is rules, the learning rates that are tried first, and an optimizer of a schedule. VeRA, IA3 and biases alone have
-far fewer parameters by nature, and full fine-tuning has all. The head trains in every arm.
+An arm is rules, the learning rates that are tried first, and an optimizer of a schedule. VeRA, IA3 and biases alone
+have far fewer parameters by nature, and full fine-tuning has all. The head trains in every arm.
 """
 
 from collections.abc import Callable
