@@ -5,10 +5,10 @@ from lora_jax.adapters import attach, dropout, merge, split, unmerge
 from lora_jax.algebra.arithmetic import add, negate, resize, scale, subtract
 from lora_jax.algebra.combine import combine
 from lora_jax.algebra.extract import extract
-from lora_jax.contract import Axis, Cost
+from lora_jax.axes import Axis
 from lora_jax.diagnostics import amplification, effective_rank, singular_values, subspace_similarity
 from lora_jax.explain import Explained, Explanation, explain
-from lora_jax.factored import Factored, FactoredError, Network, materialize
+from lora_jax.factored import Factored, FactoredError
 from lora_jax.factors import Adapter, shared
 from lora_jax.formats.native import load, save
 from lora_jax.initial.capture import Moments, capture
@@ -20,7 +20,10 @@ from lora_jax.initial.relative import relative_to
 from lora_jax.initial.start import Initialization, Start
 from lora_jax.interpreter import Interpreter, MaterializeError, rule
 from lora_jax.lift import UnusedError, lift
+from lora_jax.materialize import materialize
+from lora_jax.network import Network
 from lora_jax.optim import fa_gradients, lora_plus, optimizer
+from lora_jax.order import Cost
 from lora_jax.sites import Site, Sites, sites
 from lora_jax.summary import Summary, summary
 from lora_jax.uses import Use

@@ -13,8 +13,10 @@ from jax import lax
 
 from lora_jax import tree
 from lora_jax.choice import Rules, choose
-from lora_jax.factored import Dropout, Factored, is_factored, materialize
+from lora_jax.factored import Factored, is_factored
 from lora_jax.factors import Adapter, LoraParams, key_of, pools, together
+from lora_jax.materialize import materialize
+from lora_jax.network import Dropout
 from lora_jax.sites import Site
 from lora_jax.variants.base import FROZEN, SHARED
 

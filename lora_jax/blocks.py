@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.contract import Axes, Axis
-from lora_jax.factored import Dropout, Factored, Network, fresh, roots_of
+from lora_jax.axes import Axes, Axis, fresh, roots_of
+from lora_jax.factored import Factored
 from lora_jax.joint import align_all, base_of, dense, form, joined
+from lora_jax.network import Dropout, Network
 
 _Network = tuple[Network, list["_Piece"]]
 

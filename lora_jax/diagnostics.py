@@ -11,8 +11,8 @@ from jax import lax
 
 from lora_jax import tree
 from lora_jax.algebra.lowrank import SVD, low_rank, wider
-from lora_jax.contract import Axis, contract
-from lora_jax.factored import weight_axes
+from lora_jax.axes import Axis, weight_axes
+from lora_jax.contract import contract
 from lora_jax.factors import Adapter, LoraParams
 from lora_jax.variants.full import Full
 

@@ -4,111 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, TypeGuard
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
-from lora_jax.contract import Axes, Axis, Cost, contract, letters, reshape, size_of, work
-
-Change = Callable[[jax.Array, Axes], tuple[jax.Array, Axes]]
+from lora_jax.axes import Axes, Axis, fresh, roots_of, size_of, weight_axes
+from lora_jax.contract import contract, reshape
+from lora_jax.network import Change, Network
 
 
 class FactoredError(TypeError):
     """A Factored leaf was used as if it were an array, outside `lift`."""
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys"], meta_fields=["axes", "rate"])
-@dataclasses.dataclass(frozen=True, eq=False)
-class Dropout:
-    """What of a network's input is dropped.
-
-    Attributes:
-      keys: PRNG keys, one for each entry along the weight's batch axes; a slice of the weight takes its own.
-      axes: The axes of `keys`.
-      rate: The probability that an input is dropped; the others are divided by what is left.
-    """
-
-    keys: jax.Array
-    axes: Axes
-    rate: float
-
-    def apart(self, axes: Axes) -> Axes:
-        """The axes of the keys along which inputs over these axes do not vary, so that each has its own mask."""
-        return tuple(axis for axis in self.axes if axis not in axes)
-
-    def __call__(self, x: jax.Array, apart: Axes = ()) -> jax.Array:
-        """The input with a share of it dropped, once for each entry along some axes of the keys, which come first."""
-        keys = self.keys[tuple(slice(None) if axis in apart else 0 for axis in self.axes)]
-        mask = functools.partial(jax.random.bernoulli, p=1 - self.rate, shape=x.shape)
-        kept = jax.vmap(mask)(keys.ravel()).reshape(*keys.shape, *x.shape) if apart else mask(keys)
-        return jnp.where(kept, x / jnp.asarray(1 - self.rate, x.dtype), jnp.zeros((), x.dtype))
-
-    def on(self, x: jax.Array, axes: Axes) -> tuple[jax.Array, Axes]:
-        """An activation over these axes with a share of it dropped; those axes come first that it did not have."""
-        apart = self.apart(axes)
-        return self(x, apart), (*apart, *axes)
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["operands", "dropout"], meta_fields=["axes", "scale", "frozen"]
-)
-@dataclasses.dataclass(frozen=True, eq=False)
-class Network:
-    """A product of arrays over named axes, unevaluated: the einsum over every axis that the weight does not have.
-
-    Attributes:
-      operands: The arrays.
-      axes: For each operand, the axes of its dimensions. Axes with the same name are the same axis.
-      scale: A number that multiplies the whole; it is folded into the smallest operand.
-      dropout: What of an activation is dropped before it is multiplied by the network.
-      frozen: The operands, by number, that have no gradient, so that orders are cheapest that do not need theirs.
-    """
-
-    operands: tuple[jax.Array, ...]
-    axes: tuple[Axes, ...]
-    scale: float = 1.0
-    dropout: Dropout | None = None
-    frozen: frozenset[int] = frozenset()
-
-    def map(self, change: Change) -> Network:
-        """The network with each operand and its axes changed, and with the keys of its dropout."""
-        pairs = [change(operand, axes) for operand, axes in zip(self.operands, self.axes, strict=True)]
-        drop = self.dropout
-        if drop:
-            keys, axes = change(drop.keys, drop.axes)
-            drop = dataclasses.replace(drop, keys=keys, axes=axes)
-        operands, axes = tuple(a for a, _ in pairs), tuple(axes for _, axes in pairs)
-        return dataclasses.replace(self, operands=operands, axes=axes, dropout=drop)
-
-    def cast(self, dtype: Any) -> Network:
-        """The network with each operand in another dtype."""
-        operands = tuple(lax.convert_element_type(array, dtype) for array in self.operands)
-        return dataclasses.replace(self, operands=operands)
-
-    def times(self, array: jax.Array, axes: Axes) -> Network:
-        """The network multiplied, element by element, by an array over some of the axes."""
-        if len(axes) < 2 and axes in self.axes:  # a scale that is scaled again is one
-            i = self.axes.index(axes)
-            operands = (*self.operands[:i], self.operands[i] * array, *self.operands[i + 1 :])
-            return dataclasses.replace(self, operands=operands, frozen=self.frozen - {i})
-        return dataclasses.replace(self, operands=(*self.operands, array), axes=(*self.axes, axes))
-
-    def drop(self, x: jax.Array, axes: Axes) -> tuple[jax.Array, Axes]:
-        """An activation as the network gets it, with its axes: those come first that it did not have."""
-        return self.dropout.on(x, axes) if self.dropout else (x, axes)
-
-    def at(self, dtype: Any = None) -> list[tuple[jax.Array, Axes]]:
-        """The operands with their axes, the scale folded in, in a dtype if one is given."""
-        operands = list(self.operands)
-        if self.scale != 1.0:
-            small = min(range(len(operands)), key=lambda i: operands[i].size)
-            operands[small] = operands[small] * self.scale
-        return [(array.astype(dtype or array.dtype), axes) for array, axes in zip(operands, self.axes, strict=True)]
 
 
 @functools.partial(
@@ -332,70 +240,3 @@ class Factored:
 def is_factored(leaf: Any) -> TypeGuard[Factored]:
     """Whether a leaf is Factored; made for `is_leaf=`."""
     return isinstance(leaf, Factored)
-
-
-def roots_of(*groups: Iterable[Axis]) -> tuple[tuple[str, int], ...]:
-    """Where an axis comes from that stands for all of these: of each leaf, from what the first group has of it."""
-    roots: dict[tuple[str, int], None] = {}
-    for group in groups:
-        paths = {path for path, _ in roots}
-        roots.update({root: None for axis in group for root in axis.roots if root[0] not in paths})
-    return tuple(roots)
-
-
-def after_lead(network: Network) -> frozenset[int]:
-    """The frozen operands of a network, by number, where an activation comes before them all."""
-    return frozenset(i + 1 for i in network.frozen)
-
-
-def fresh(taken: frozenset[str]) -> Iterator[str]:
-    """Names for axes that are none of those taken."""
-    return (name for i in itertools.count() if (name := f"a{i}") not in taken)
-
-
-def weight_axes(shape: Sequence[int]) -> Axes:
-    """The axes of a leaf of this shape, each named by its number.
-
-    >>> weight_axes((512, 64))
-    (Axis(name='0', size=512, roots=()), Axis(name='1', size=64, roots=()))
-    """
-    return tuple(Axis(str(d), size) for d, size in enumerate(shape))
-
-
-def materialize(value: Factored) -> jax.Array:
-    """The whole weight W + ΔW, formed in the wider of the base's and the factors' dtypes and rounded once.
-
-    Args:
-      value: A Factored value of any shape.
-
-    Returns:
-      An array of `value.shape` and `value.dtype`.
-    """
-    dtypes = {jnp.dtype("float32"), value.dtype, *(x.dtype for delta in value.deltas for x in delta.operands)}
-    wide = max(dtypes, key=lambda dtype: dtype.itemsize) if value.deltas else value.dtype
-    return total(value, wide, lax.Precision.HIGHEST)
-
-
-def total(value: Factored, dtype: Any = None, precision: Any = None) -> jax.Array:
-    """The sum of the value's networks: an array of its own dtype, computed in `dtype`, or else in that too."""
-    if not value.terms:
-        return jnp.zeros(value.shape, value.dtype)
-    wide = dtype or value.dtype
-
-    def formed(term: Network) -> jax.Array:
-        (first, axes), *rest = term.at(dtype)
-        operands = [(first.astype(wide), axes), *rest]
-        return contract(operands, value.axes, frozen=term.frozen, dtype=wide, precision=precision).astype(wide)
-
-    return reshape(functools.reduce(jnp.add, map(formed, value.terms)).astype(value.dtype), value.shape)
-
-
-def cost_of(value: Factored, rows: Axes = ()) -> Cost:
-    """What `total` costs; operands over `rows`, which were looked up, are written as A[i]."""
-
-    def names(delta: Network) -> tuple[str, ...]:
-        looked_up = ("[i]" if {*rows} & {*axes} else "" for axes in delta.axes)
-        return tuple(letter + index for letter, index in zip(letters(len(delta.axes)), looked_up, strict=True))
-
-    pairs = [work(delta.axes, value.axes, names(delta), frozen=delta.frozen) for delta in value.deltas]
-    return Cost(0, sum(flops for flops, _ in pairs), " + ".join(word for _, word in pairs))

@@ -17,8 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import compat
-from lora_jax.contract import Axis, Cost
-from lora_jax.factored import Factored, cost_of, is_factored, materialize, total
+from lora_jax.axes import Axis
+from lora_jax.factored import Factored, is_factored
+from lora_jax.materialize import cost_of, materialize, total
+from lora_jax.order import Cost
 from lora_jax.strategy import Plan
 from lora_jax.uses import Use, dimensions
 

@@ -10,8 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.contract import Axes, Axis, contract, reshape, size_of
-from lora_jax.factored import Factored, Network, fresh, roots_of, total
+from lora_jax.alignment import aligned
+from lora_jax.axes import Axes, Axis, size_of
+from lora_jax.contract import contract, reshape
+from lora_jax.factored import Factored
+from lora_jax.materialize import total
+from lora_jax.network import Network
 
 
 def plain(array: Any) -> Factored:
@@ -28,57 +32,6 @@ def dense(array: jax.Array, dims: tuple[Axes, ...]) -> Network:
     """An array as a network of one operand, over the axes of these dims."""
     axes = tuple(axis for group in dims for axis in group)
     return Network((reshape(array, tuple(axis.size for axis in axes)),), (axes,))
-
-
-def aligned(left: Factored, right: Factored, pairs: Sequence[tuple[int, int]]) -> tuple[Factored, Factored] | None:
-    """Both values over the same axes where their dims are paired, and over different ones where they are not.
-
-    Args:
-      left: A value.
-      right: Another.
-      pairs: A dim of the one and a dim of the other that are to have the same axes; dims of size 1 need none.
-
-    Returns:
-      The values with axes split as finely as both need, or None where they do not fit.
-    """
-    left, right = left.without_units(), right.without_units()
-    same: dict[Axis, tuple[Axis, Axis]] = {}
-    for a, b in pairs:
-        refined = _refined(left, right, a, b)
-        if refined is None:
-            one, other = left.fused(a), right.fused(b)
-            refined = None if one is None or other is None else _refined(one, other, a, b)
-        if refined is None:
-            return None
-        left, right = refined
-        same.update({y: (x, y) for x, y in zip(left.dims[a], right.dims[b], strict=False)})
-    unused = fresh(left.names | right.names)
-    others: dict[Axis, Axis] = {}
-
-    def of_right(axis: Axis) -> Axis:
-        if axis in same:
-            return _with_roots(*same[axis])
-        if axis.name not in left.names:
-            return axis
-        return others.setdefault(axis, dataclasses.replace(axis, name=next(unused)))
-
-    joined = {x: _with_roots(x, y) for x, y in same.values()}
-    return left.relabel(lambda axis: joined.get(axis, axis)), right.relabel(of_right)
-
-
-def _refined(left: Factored, right: Factored, a: int, b: int) -> tuple[Factored, Factored] | None:
-    """Both with axes of the same sizes along a dim of each; None where the one's do not divide the other's."""
-    i = 0
-    while i < min(len(left.dims[a]), len(right.dims[b])):
-        x, y = left.dims[a][i], right.dims[b][i]
-        if not x.size or not y.size or max(x.size, y.size) % min(x.size, y.size):
-            return None
-        if x.size > y.size:
-            left = left.split(x, y.size)
-        elif y.size > x.size:
-            right = right.split(y, x.size)
-        i += 1
-    return None if left.dims[a] and right.dims[b] and left.shape[a] != right.shape[b] else (left, right)
 
 
 def add(left: Factored, right: Factored) -> Factored | None:
@@ -215,11 +168,6 @@ def all_carrying(network: Network, axes: Iterable[Axis]) -> Network:
         if not any(axis in own for own in network.axes):
             network = network.times(jnp.ones(axis.size, network.operands[0].dtype), (axis,))
     return network
-
-
-def _with_roots(axis: Axis, other: Axis) -> Axis:
-    """The axis, that comes from where the other comes from too."""
-    return dataclasses.replace(axis, roots=roots_of([axis], [other]))
 
 
 def _cross(left: Factored, right: Factored) -> tuple[Network, ...]:

@@ -53,7 +53,7 @@ def lift(
       unused: "allow" to accept adapted leaves that the function does not read.
       strategy: "factored", which takes the cheapest order of products that never forms a weight, (x·A)·B as a rule;
         "hybrid", which forms W + A·B where that takes fewer FLOPs, for as many bytes as W has (see
-        `lora_jax.strategy`); or a function that chooses the order, like `lora_jax.contract.order`.
+        `lora_jax.strategy`); or a function that chooses the order, like `lora_jax.order.order`.
 
     Returns:
       The lifted function. A Factored leaf that it returns (a cast or transposed weight, say) stays Factored.

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import tree
-from lora_jax.contract import Axes, Axis
-from lora_jax.factored import Factored, Network, weight_axes
+from lora_jax.axes import Axes, Axis, weight_axes
+from lora_jax.factored import Factored
 from lora_jax.interpreter import Interpreter
 from lora_jax.lift import probe
+from lora_jax.network import Network
 from lora_jax.table import dimensions, table
 from lora_jax.uses import Use
 

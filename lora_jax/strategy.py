@@ -19,7 +19,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Literal
 
-from lora_jax.contract import Order, order
+from lora_jax.order import Order, order
 
 Strategy = Literal["factored", "hybrid"] | Callable[..., Order]
 
@@ -55,7 +55,5 @@ def planned(strategy: Strategy) -> Plan:
     if callable(strategy):
         return Plan(order=strategy)
     if strategy not in ("factored", "hybrid"):
-        raise ValueError(
-            f"strategy={strategy!r}: it is 'factored', 'hybrid', or a function like lora_jax.contract.order"
-        )
+        raise ValueError(f"strategy={strategy!r}: it is 'factored', 'hybrid', or a function like lora_jax.order.order")
     return Plan(hybrid=strategy == "hybrid")

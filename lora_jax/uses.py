@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from lora_jax.contract import Axis, Cost
+from lora_jax.axes import Axis
+from lora_jax.order import Cost
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from jax import lax
 from zoo import ZOO
 
 import lora_jax as lora
-from lora_jax.initial.start import to_matrices
+from lora_jax.matrices import to_matrices
 
 PEFT = np.load(Path(__file__).parent / "fixtures" / "initial_peft.npz")  # how: make_initial_reference.py
 WEIGHTS = {f"w{i}": jnp.asarray(PEFT[f"w{i}"]) for i in range(4)}

@@ -16,7 +16,7 @@ from zoo import ZOO
 
 import lora_jax as lora
 from lora_jax.initial.names import FROM_DATA, NAMED
-from lora_jax.initial.start import to_matrices
+from lora_jax.matrices import to_matrices
 
 NAMES = [*NAMED, "pissa_niter_2"]
 # name: a weight, and its batch, in and out axes

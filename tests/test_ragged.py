@@ -11,8 +11,10 @@ from checks import equations, error, formed, normal, split_at_random
 from jax import lax
 
 import lora_jax as lora
-from lora_jax.contract import Axis
-from lora_jax.factored import Factored, Network, materialize
+from lora_jax.axes import Axis
+from lora_jax.factored import Factored
+from lora_jax.materialize import materialize
+from lora_jax.network import Network
 from lora_jax.sites import Site
 
 SIZES = jnp.array([4, 0, 5])  # of ten rows: one group is empty, and one row is of none

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.contract import Axes, contract, size_of
-from lora_jax.factored import Network
+from lora_jax.axes import Axes, size_of
+from lora_jax.contract import contract
 from lora_jax.factors import Adapter
+from lora_jax.network import Network
 from lora_jax.sites import Site
 from lora_jax.variants.base import Variant
 from lora_jax.variants.lora import LoRA

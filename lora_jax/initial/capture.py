@@ -17,9 +17,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax import tree
-from lora_jax.contract import Axes, Axis, contract, size_of
-from lora_jax.factored import Dropout, Factored, Network
+from lora_jax.axes import Axes, Axis, size_of
+from lora_jax.contract import contract
+from lora_jax.factored import Factored
 from lora_jax.lift import lift
+from lora_jax.network import Dropout, Network
 from lora_jax.sites import Site
 
 MOMENT = "moment"

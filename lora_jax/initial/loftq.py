@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from lora_jax.choice import Rules
 from lora_jax.initial.chosen import mapped
 from lora_jax.initial.pissa import principal
-from lora_jax.initial.start import Initialization, Start, from_matrices, to_matrices
+from lora_jax.initial.start import Initialization, Start
+from lora_jax.matrices import from_matrices, to_matrices
 from lora_jax.sites import Site
 
 

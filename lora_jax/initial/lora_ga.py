@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from lora_jax import tree
 from lora_jax.choice import Rules
 from lora_jax.initial.chosen import as_rules, begun_from, chosen, total_over
-from lora_jax.initial.start import Initialization, Start, to_matrices, wide_dtype
+from lora_jax.initial.start import Initialization, Start, wide_dtype
+from lora_jax.matrices import to_matrices
 from lora_jax.sites import Site
 
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from lora_jax import tree
 from lora_jax.factors import Adapter, LoraParams
 from lora_jax.initial.pissa import halves, randomized_svd
-from lora_jax.initial.start import to_matrices, wide_dtype
+from lora_jax.initial.start import wide_dtype
+from lora_jax.matrices import to_matrices
 from lora_jax.variants.lora import LoRA
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import abc
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from lora_jax.matrices import from_matrices, to_matrices
 from lora_jax.sites import Site
 
 
@@ -105,21 +105,3 @@ def wide_dtype(array: Any) -> Any:
     dtype('float32')
     """
     return max(jnp.dtype("float32"), jnp.dtype(array.dtype), key=lambda dtype: dtype.itemsize)
-
-
-def to_matrices(weight: jax.Array, site: Site) -> jax.Array:
-    """A leaf as (*batch, in, out), whatever the order and number of its axes.
-
-    >>> to_matrices(jnp.ones((8, 4, 16)), Site((8, 4, 16), "linear", (), (2,), (0, 1))).shape
-    (16, 32)
-    """
-    batch, inner, outer = site.sizes()
-    moved = jnp.transpose(weight, (*site.batch_axes, *site.in_axes, *site.out_axes))
-    return moved.reshape(*batch, math.prod(inner), math.prod(outer))
-
-
-def from_matrices(matrices: jax.Array, site: Site) -> jax.Array:
-    """The inverse of `to_matrices`."""
-    order = (*site.batch_axes, *site.in_axes, *site.out_axes)
-    moved = matrices.reshape([site.shape[d] for d in order])
-    return jnp.transpose(moved, [order.index(d) for d in range(len(order))])

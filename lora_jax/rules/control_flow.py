@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax import compat, joint
-from lora_jax.contract import Axes, Axis
-from lora_jax.factored import Factored, Network, is_factored
+from lora_jax.axes import Axes, Axis
+from lora_jax.factored import Factored, is_factored
 from lora_jax.interpreter import Interpreter, rule
+from lora_jax.network import Network
 from lora_jax.rules.sharding import constrained
 
 

@@ -19,10 +19,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lora_jax.contract import Axes, Axis, Cost, Order, contract, letters, reshape, size_of, work
+from lora_jax.axes import Axes, Axis, size_of
+from lora_jax.contract import contract, reshape
 from lora_jax.factored import Factored, is_factored
 from lora_jax.interpreter import Interpreter, rule
 from lora_jax.joint import base_of, dense
+from lora_jax.order import Cost, Order, letters, work
 
 Operands = Sequence[tuple[jax.Array, Axes]]
 

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax import joint
-from lora_jax.contract import contract, order
+from lora_jax.contract import contract
 from lora_jax.contract import reshape as reshaped
-from lora_jax.factored import Factored, Network, is_factored
+from lora_jax.factored import Factored, is_factored
 from lora_jax.interpreter import Interpreter, rule
+from lora_jax.network import Network
+from lora_jax.order import order
 from lora_jax.rules.layout import broadcast
 
 WITHOUT_LEAD = functools.partial(order, lead=False)

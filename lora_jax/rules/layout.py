@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.contract import Axes, Axis, size_of
+from lora_jax.axes import Axes, Axis, size_of
 from lora_jax.factored import Factored, is_factored
 from lora_jax.interpreter import Interpreter, rule
 

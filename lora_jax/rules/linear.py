@@ -11,10 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.contract import Axes, Axis, Cost, Order, contract, letters, reshape, size_of, work
-from lora_jax.factored import Factored, Network, after_lead, cost_of, is_factored, materialize
+from lora_jax.axes import Axes, Axis, size_of
+from lora_jax.contract import contract, reshape
+from lora_jax.factored import Factored, is_factored
 from lora_jax.interpreter import Interpreter, rule
 from lora_jax.joint import dense, matmul
+from lora_jax.materialize import cost_of, materialize
+from lora_jax.network import Network, after_lead
+from lora_jax.order import Cost, Order, letters, work
 
 
 @rule("dot_general")

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax import joint
-from lora_jax.contract import Axes, Axis
-from lora_jax.factored import Factored, Network, cost_of, is_factored, total
+from lora_jax.axes import Axes, Axis
+from lora_jax.factored import Factored, is_factored
 from lora_jax.interpreter import Interpreter, rule
+from lora_jax.materialize import cost_of, total
+from lora_jax.network import Network
 
 
 @rule("gather")

@@ -15,9 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.contract import Axes, Axis, Cost, Order, contract, letters, reshape, size_of, work
-from lora_jax.factored import Factored, Network, after_lead, is_factored
+from lora_jax.axes import Axes, Axis, size_of
+from lora_jax.contract import contract, reshape
+from lora_jax.factored import Factored, is_factored
 from lora_jax.interpreter import Interpreter, rule
+from lora_jax.network import Network, after_lead
+from lora_jax.order import Cost, Order, letters, work
 
 Operand = tuple[jax.Array, Axes]
 

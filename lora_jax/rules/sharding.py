@@ -12,9 +12,10 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import compat
-from lora_jax.contract import Axes, Axis
-from lora_jax.factored import Factored, Network, is_factored
+from lora_jax.axes import Axes, Axis
+from lora_jax.factored import Factored, is_factored
 from lora_jax.interpreter import Interpreter, rule
+from lora_jax.network import Network
 
 
 def shards_of(weight: Factored, spec: PartitionSpec, mesh: Any) -> dict[Axis, Any] | None:

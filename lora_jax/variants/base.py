@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from lora_jax.contract import Axis
-from lora_jax.factored import Factored, Network
+from lora_jax.axes import Axis
+from lora_jax.factored import Factored
+from lora_jax.network import Network
 from lora_jax.sites import Site
 
 Factors = dict[str, jax.Array]

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.contract import Axis, contract, size_of, transpose, wider
+from lora_jax.axes import Axis, size_of
+from lora_jax.contract import contract, wider
 from lora_jax.factored import Factored
+from lora_jax.matrices import to_matrices
 from lora_jax.sites import Site
 from lora_jax.variants.base import Factors, rank_axis
 from lora_jax.variants.hyperparameters import check_has_values
@@ -83,8 +85,7 @@ class DoRA(LoRA):
         d, k = Axis("in", size_of(inner)), Axis("out", size_of(outer))
         r, r2 = rank_axis(self.rank), Axis("other rank", self.rank)
         sizes = tuple(axis.size for axis in batch)
-        w = transpose(w, (*site.batch_axes, *site.in_axes, *site.out_axes)).reshape(*sizes, d.size, k.size)
-        a, b = a.reshape(*sizes, d.size, r.size), b.reshape(*sizes, r.size, k.size)
+        w, a, b = to_matrices(w, site), a.reshape(*sizes, d.size, r.size), b.reshape(*sizes, r.size, k.size)
         # In the weight's own dtype, so that no wider copy of it is made, but added up in the wide one.
         w_axes, a_axes, b_axes = (*batch, d, k), (*batch, d, r), (*batch, r, k)
         projected = contract([(w, w_axes), (a.astype(w.dtype), a_axes)], b_axes, **exact)

@@ -8,7 +8,10 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lora_jax.factored import Factored, Network, total, weight_axes
+from lora_jax.axes import weight_axes
+from lora_jax.factored import Factored
+from lora_jax.materialize import total
+from lora_jax.network import Network
 from lora_jax.sites import Site
 from lora_jax.variants.base import Factors, Variant
 

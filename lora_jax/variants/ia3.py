@@ -8,7 +8,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lora_jax.factored import Factored, Network
+from lora_jax.factored import Factored
+from lora_jax.network import Network
 from lora_jax.sites import Site
 from lora_jax.variants.base import Factors, Variant
 

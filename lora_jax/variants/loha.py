@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.contract import Axis
-from lora_jax.factored import Network
+from lora_jax.axes import Axis
+from lora_jax.network import Network
 from lora_jax.sites import Site
 from lora_jax.variants.base import Factors, Variant, rank_axis
 from lora_jax.variants.hyperparameters import check, check_fits

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lora_jax.contract import Axes, Axis, size_of
-from lora_jax.factored import Factored, Network, weight_axes
+from lora_jax.axes import Axes, Axis, size_of, weight_axes
+from lora_jax.factored import Factored
+from lora_jax.network import Network
 from lora_jax.sites import Site
 from lora_jax.variants.base import Factors, Variant, rank_axis
 from lora_jax.variants.hyperparameters import check

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lora_jax.factored import Network
 from lora_jax.initial.names import named
 from lora_jax.initial.start import Initialization, started
+from lora_jax.network import Network
 from lora_jax.sites import Site
 from lora_jax.variants.base import Factors, Variant, rank_axis
 from lora_jax.variants.hyperparameters import check, check_fits

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.contract import contract, wider
-from lora_jax.factored import Network
+from lora_jax.network import Network
 from lora_jax.sites import Site
 from lora_jax.variants.base import FROZEN, Factors
 from lora_jax.variants.lora import LoRA

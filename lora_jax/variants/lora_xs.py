@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax.contract import Axis, wider
-from lora_jax.factored import Network
+from lora_jax.axes import Axis
+from lora_jax.contract import wider
+from lora_jax.matrices import to_matrices
+from lora_jax.network import Network
 from lora_jax.sites import Site
 from lora_jax.variants.base import FROZEN, Factors, Variant, rank_axis
 from lora_jax.variants.hyperparameters import check, check_fits, check_has_values
@@ -61,9 +62,8 @@ class LoRAXS(Variant):
         check_fits(self.rank, site)
         check_has_values(self, weight)
         batch, inner, outer = site.sizes()
-        rows = jnp.transpose(jnp.asarray(weight), (*site.batch_axes, *site.in_axes, *site.out_axes))
-        matrix = rows.reshape(*batch, math.prod(inner), math.prod(outer))
-        u, values, v = jnp.linalg.svd(matrix.astype(wider(self.dtype, "float32")), full_matrices=False)
+        matrices = to_matrices(jnp.asarray(weight), site).astype(wider(self.dtype, "float32"))
+        u, values, v = jnp.linalg.svd(matrices, full_matrices=False)
         a = (u[..., : self.rank] * values[..., None, : self.rank]).reshape(*batch, *inner, self.rank)
         b = v[..., : self.rank, :].reshape(*batch, self.rank, *outer)
         r = jnp.zeros((*batch, self.rank, self.rank), self.dtype)

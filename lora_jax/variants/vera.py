@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from lora_jax.factored import Network
+from lora_jax.network import Network
 from lora_jax.sites import Site
 from lora_jax.variants.base import FROZEN, Factors, Variant, rank_axis
 from lora_jax.variants.hyperparameters import check
