@@ -56,6 +56,13 @@ def with_results(closed: Any, wanted: list[bool]) -> Any:
     return jax.extend.core.ClosedJaxpr(jaxpr, consts)
 
 
+def unread(closed: Any) -> list[bool]:
+    """For each argument of a closed jaxpr, whether no result depends on it."""
+    jaxpr, _ = parts(closed)
+    _, read = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return [not yes for yes in read]
+
+
 def placeholders(jaxpr: Any) -> list[bool]:
     """For each result of a jaxpr, whether it is an array of no value, as derivatives of `cond` have them."""
     jaxpr, _ = parts(jaxpr)

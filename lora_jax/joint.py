@@ -91,7 +91,7 @@ def choose(which: jax.Array, cases: Sequence[Factored]) -> Factored | None:
     aligned_cases = align_all(cases, range(cases[0].ndim))
     if aligned_cases is None:
         return None
-    cases, dims = aligned_cases, aligned_cases[0].dims
+    cases, dims = [case.each(Network.among_others) for case in aligned_cases], aligned_cases[0].dims
     base = dense(lax.select_n(jnp.broadcast_to(which, cases[0].shape), *map(base_of, cases)), dims)
     varying = tuple(axis for size, group in zip(which.shape, dims, strict=True) if size > 1 for axis in group)
     which = reshape(which, tuple(axis.size for axis in varying))
@@ -180,8 +180,8 @@ def _cross(left: Factored, right: Factored) -> tuple[Network, ...]:
             a.dropout or b.dropout,
             a.frozen | {len(a.operands) + i for i in b.frozen},
         )
-        for a in left.terms
-        for b in right.terms
+        for a in left.each(Network.among_others).terms
+        for b in right.each(Network.among_others).terms
         if not (a is left.base and b is right.base)
     )
 

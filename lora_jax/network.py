@@ -47,6 +47,10 @@ class Dropout:
         apart = self.apart(axes)
         return self(x, apart), (*apart, *axes)
 
+    def among_others(self) -> Dropout:
+        """The same for a weight that is chosen among others, or multiplied by one, before it meets an activation."""
+        return self
+
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["operands", "dropout"], meta_fields=["axes", "scale", "frozen"]
@@ -91,6 +95,10 @@ class Network:
             operands = (*self.operands[:i], self.operands[i] * array, *self.operands[i + 1 :])
             return dataclasses.replace(self, operands=operands, frozen=self.frozen - {i})
         return dataclasses.replace(self, operands=(*self.operands, array), axes=(*self.axes, axes))
+
+    def among_others(self) -> Network:
+        """The network of a weight that is chosen among others, or multiplied by one."""
+        return dataclasses.replace(self, dropout=self.dropout.among_others()) if self.dropout else self
 
     def drop(self, x: jax.Array, axes: Axes) -> tuple[jax.Array, Axes]:
         """An activation as the network gets it, with its axes: those come first that it did not have."""

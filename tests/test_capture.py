@@ -158,12 +158,38 @@ def test_it_costs_a_forward_pass_and_the_products_of_inputs():
         ),
         (lambda p, x: lax.ragged_dot(x[0], p["w"], jnp.array([2, 0, 3], jnp.int32)), STACK, "'w' is used in a way"),
         (lambda p, x: x[..., :2] @ p["w"][:2] + x[..., 2:] @ p["w"][2:], W, "in parts, 2 of 6"),
+        (lambda p, x: jnp.tile(x, 2) @ jnp.concatenate([p["w"], V @ V.T]), W, "in parts, 12 of 6"),
+        (lambda p, x: x @ jnp.where(x[0, 0, 0] > 0, p["w"], 0), W, "one of several to choose from"),
     ],
 )
 def test_what_has_no_moments_is_refused(model, weight, message):
     params = {"w": weight}
     with pytest.raises(ValueError, match=message):
         lora.capture(model, lora.sites(model, params, X))(params, X)
+
+
+@pytest.mark.parametrize(
+    "join", [jnp.matmul, lambda w, v: lax.cond(w[0, 0] > 0, lambda: w, lambda: v), lambda w, v: jnp.where(True, w, v)]
+)
+def test_weights_that_meet_each_other_before_their_input_are_refused(join):
+    params = {"w": W, "v": STACK[0]}
+
+    def model(p, x):
+        return x @ join(p["w"], p["v"])
+
+    with pytest.raises(ValueError, match="multiplied by another weight, or one of several to choose from"):
+        lora.capture(model, lora.sites(model, params, X))(params, X)
+
+
+def test_a_weight_that_meets_no_input_along_its_in_axes_is_refused():
+    params = {"w": W, "v": V}
+
+    def model(p, x):
+        return x @ (p["w"] @ p["v"])
+
+    sites = lora.sites(model, params, X)
+    with pytest.raises(ValueError, match="'w' meets no input along its in axes"):
+        lora.capture(model, {"w": sites["w"]})(params, X)
 
 
 def test_a_leaf_that_is_not_there_is_an_error():

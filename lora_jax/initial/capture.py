@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax import tree
+from lora_jax import compat, tree
 from lora_jax.axes import Axes, Axis, size_of
 from lora_jax.contract import contract
 from lora_jax.factored import Factored
@@ -60,8 +61,9 @@ def capture(fun: Callable[..., Any], sites: Mapping[str, Site]) -> Callable[...,
       A function `(params, *args, **kwargs) -> dict` from path to `Moments`.
 
     Raises:
-      ValueError: At once, for a leaf that is not linear; on a call, where a leaf meets its input in parts, or in a way
-        of which none can be taken (`ragged_dot`), or is not in the tree.
+      ValueError: At once, for a leaf that is not linear; on a call, where a leaf is not in the tree, or meets its input
+        in parts, after another weight, as one of several to choose from, in a way of which none can be taken
+        (`ragged_dot`), or not at all.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> params, x = {"w": jnp.ones((3, 2))}, jnp.arange(12.0).reshape(4, 3)
@@ -82,15 +84,22 @@ def capture(fun: Callable[..., Any], sites: Mapping[str, Site]) -> Callable[...,
         if missing := [path for path in sites if path not in leaves]:
             raise ValueError(f"the tree has no leaf at {missing[0]!r}{tree.close_to(missing[0], leaves)}")
 
-        def arrays(ledgers: dict[str, jax.Array]) -> list[jax.Array]:
-            tapped = {path: _tapped(leaves[path], path, sites[path], ledger) for path, ledger in ledgers.items()}
+        def arrays(*ledgers: jax.Array) -> list[jax.Array]:
+            tapped = {path: _tapped(leaves[path], path, sites[path], x) for path, x in zip(sites, ledgers, strict=True)}
             result = lift(fun)(tree.unflatten(treedef, {**leaves, **tapped}), *args, **kwargs)
             return [x for x in jax.tree.leaves(result) if tree.is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact)]
 
-        ledgers = {path: jnp.zeros(tuple(a.size for a in _axes(site)), jnp.float32) for path, site in sites.items()}
-        results, pull = jax.vjp(arrays, ledgers)
-        (sums,) = pull([jnp.zeros_like(x) for x in results])
-        return {path: _moments(sums[path], site) for path, site in sites.items()}
+        ledgers = [jnp.zeros(tuple(axis.size for axis in _axes(site)), jnp.float32) for site in sites.values()]
+        traced = compat.trace(arrays, *ledgers)
+        for path, unread in zip(sites, compat.unread(traced), strict=True):
+            if unread:
+                raise ValueError(
+                    f"{path!r} meets no input along its in axes {sites[path].in_axes} that a result depends on, so "
+                    "there are no moments of any: leave it out of the sites"
+                )
+        results, pull = jax.vjp(jax.extend.core.jaxpr_as_fun(traced), *ledgers)
+        sums = pull([jnp.zeros_like(x) for x in results])
+        return {path: _moments(x, site) for (path, site), x in zip(sites.items(), sums, strict=True)}
 
     return captured
 
@@ -135,15 +144,23 @@ class Tap(Dropout):
     def on(self, x: jax.Array, axes: Axes) -> tuple[jax.Array, Axes]:
         """The activation as it is, which the ledger has a gradient by."""
         *others, moment = self.axes
-        inner = tuple(axis for axis in others if axis in axes and {d for _, d in axis.roots} & {*self.in_axes})
+        inner = tuple(axis for axis in axes if {d for _, d in axis.roots} & {*self.in_axes})
         if not inner:  # a use along the leaf's other side
             return x, axes
-        if size_of(inner) + 2 != moment.size:
+        if size_of(inner) + 2 != moment.size or not {*inner} <= {*others}:
             raise ValueError(
                 f"{self.path!r} meets its input in parts, {size_of(inner)} of {moment.size - 2} at a time, so that the "
                 "moments of the whole input are not to be had: leave it out"
             )
+        inner = tuple(axis for axis in others if axis in inner)
         return _written(x, self.keys, (axes, self.axes, inner)), axes
+
+    def among_others(self) -> Dropout:
+        """Refuses: which of the inputs are this leaf's is not known."""
+        raise ValueError(
+            f"{self.path!r} is multiplied by another weight, or one of several to choose from, before it meets an "
+            "input, so that the moments of its own are not to be had: leave it out of the sites"
+        )
 
     def __call__(self, x: jax.Array, apart: Axes = ()) -> jax.Array:
         """Refuses: here the axes of the activation are not those of the leaf."""
