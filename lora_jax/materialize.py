@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -25,6 +26,12 @@ def materialize(value: Factored) -> jax.Array:
     Returns:
       An array of `value.shape` and `value.dtype`.
     """
+    return _formed(dataclasses.replace(value, paths=()))
+
+
+@jax.jit
+def _formed(value: Factored) -> jax.Array:
+    """Jitted, so that it is compiled once for all leaves of a form, and holds no temporary that it need not."""
     dtypes = {jnp.dtype("float32"), value.dtype, *(x.dtype for delta in value.deltas for x in delta.operands)}
     wide = max(dtypes, key=lambda dtype: dtype.itemsize) if value.deltas else value.dtype
     return total(value, wide, lax.Precision.HIGHEST)
