@@ -12,7 +12,7 @@ import optax
 import lora_jax as lora
 
 HEAD = r".*/head/.*"
-LOW, MIDDLE, HIGH = (1e-4, 3e-4, 1e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
+LOW, MIDDLE, HIGH = (1e-4, 3e-4), (1e-3, 3e-3), (3e-3, 1e-2)
 
 
 def adamw(schedule):

@@ -12,7 +12,7 @@ from lora_jax.demo.batches import apply, draw, encode, labels
 from lora_jax.demo.task import Task
 from lora_jax.models.classifier import add_head
 
-STEPS, BATCH, LENGTHS = 250, 16, (16, 32)
+STEPS, BATCH, LENGTHS = 125, 16, (16, 32)
 VALIDATION = 0.15  # of the files that are trained on, while a rate is chosen
 ORTHOGONALITY = 0.1  # of AdaLoRA's term in its loss
 SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 1.0, STEPS // 10, STEPS)
