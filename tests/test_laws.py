@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from checks import all_adaptable, error, formed, randomized
-from zoo import ZOO
+from zoo import ZOO, kinds
 
 import lora_jax as lora
 from lora_jax.factors import together
@@ -35,16 +35,18 @@ VARIANTS = {
     "LoRAXS": lora.LoRAXS(rank=3, alpha=4),
 }
 FLOAT32 = [name for name in ZOO if name != "bfloat16"]
-# Every model with one variant, and every variant with the model that uses its weights in most ways.
-CASES = [(model, "LoRA") for model in ZOO] + [("by_hand", variant) for variant in VARIANTS if variant != "LoRA"]
-CASES += [("linen", "DoRA"), ("linen", "VeRA")]
+MODELS = {**ZOO, "kinds": kinds}
+# Every model with one variant, every variant with leaves of all kinds, and those whose leaves have something in common,
+# or that are not base + ΔW, with the model that uses its weights in most ways.
+CASES = [(model, "LoRA") for model in ZOO] + [("kinds", variant) for variant in VARIANTS]
+CASES += [("by_hand", "DoRA"), ("by_hand", "VeRA"), ("by_hand", "IA3"), ("linen", "DoRA")]
 # Where ΔW is a product of more factors, they are drawn larger.
-SCALES = {"VeRA": 0.5, "LoHa": 0.4}
+SCALES = {"VeRA": 0.5, "LoHa": 0.4, "AdaLoRA": 0.2}
 
 
 @functools.cache
 def prepared(model: str, variant: str):
-    loss, params, batch = ZOO[model]()
+    loss, params, batch = MODELS[model]()
     sites = lora.sites(loss, params, *batch)
     frozen, lora_params = lora.split(jax.random.key(3), params, all_adaptable(VARIANTS[variant]), sites=sites)
     return loss, params, batch, frozen, lora_params
@@ -69,7 +71,7 @@ def merged_step(model: str, variant: str):
 
 @functools.cache
 def base_value(model: str) -> float:
-    loss, params, batch = ZOO[model]()
+    loss, params, batch = MODELS[model]()
     return float(jax.jit(lambda: loss(params, *batch))())
 
 
@@ -84,7 +86,7 @@ def test_starts_at_the_base(model, variant):
         assert not any(x.any() for name, x in adapter.factors.items() if labels[name] == "frozen"), path
 
 
-@pytest.mark.parametrize(("model", "variant"), [case for case in CASES if case[0] in FLOAT32])
+@pytest.mark.parametrize(("model", "variant"), [case for case in CASES if case[0] != "bfloat16"])
 def test_lifted_equals_merged(model, variant):
     lora_params = randomized(prepared(model, variant)[-1], SCALES.get(variant, 0.1))
     assert error(lifted_step(model, variant)(lora_params), merged_step(model, variant)(lora_params)) < 1e-5
@@ -172,7 +174,7 @@ def test_a_step_compiles_once_and_adapters_swap(model):
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize(("model", "variant"), CASES[1:2] + [case for case in CASES if case[0] == "by_hand"])
+@pytest.mark.parametrize(("model", "variant"), [("linen", "LoRA")] + [("kinds", variant) for variant in VARIANTS])
 def test_factors_depend_on_key_and_path_alone(model, variant):
     loss, params, batch, _, lora_params = prepared(model, variant)
     sites = lora.sites(loss, params, *batch)
@@ -185,7 +187,7 @@ def test_factors_depend_on_key_and_path_alone(model, variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_is_saved_and_loaded_is_the_same_bits(variant, tmp_path):
-    lora_params = randomized(prepared("by_hand", variant)[-1])
+    lora_params = randomized(prepared("kinds", variant)[-1])
     loaded = lora.load(lora.save(tmp_path / "adapter", lora_params))
     chex.assert_trees_all_equal(loaded, lora_params)
     assert jax.tree.structure(loaded) == jax.tree.structure(lora_params)
@@ -209,6 +211,13 @@ def test_full_is_training_the_leaves_themselves(model):
     assert float(value) == pytest.approx(float(expected), rel=1e-6)
     assert error({path: adapter.factors["weight"] for path, adapter in grads.items()}, plain_grads) < 1e-5
     assert not lora.Full.invertible
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_leaves_of_all_kinds_are_adapted_but_for_those_that_a_variant_refuses(variant):
+    missing = {"LoKr": {"embed"}, "LoKr_whole": {"embed"}, "IA3_in": {"kernel"}}.get(variant, set())
+    assert kinds()[1].keys() - prepared("kinds", variant)[-1].keys() - missing == set()
+    assert not missing & prepared("kinds", variant)[-1].keys()
 
 
 def test_every_variant_is_held_to_the_laws():

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checks import all_adaptable, error, formed, normal, randomized
+from checks import error, formed, normal, randomized
 from jax import lax
+from zoo import kinds
 
 import lora_jax as lora
 from lora_jax.variants.lokr import factorization
@@ -205,40 +206,6 @@ def test_vera_without_its_projections_is_an_error():
         lora.split(jax.random.key(0), {"shared": {"VeRA-5-float32": W}}, {".*": lora.VeRA(5)})
 
 
-@functools.cache
-def of_all_kinds():
-    """An embedding, layers that a loop scans over and rematerializes, a convolution, experts."""
-    shapes = {"embed": (11, 8), "layers": (3, 8, 8), "kernel": (3, 8, 5), "experts": (2, 5, 6)}
-    params = {name: normal(*shape, seed=len(name), scale=0.5) for name, shape in shapes.items()}
-
-    @jax.checkpoint
-    def layer(x, w):
-        return x + jnp.tanh(x @ w), None
-
-    def loss(params, tokens):
-        x, _ = lax.scan(layer, params["embed"][tokens], params["layers"])
-        dims = ("NWC", "WIO", "NWC")
-        x = jnp.tanh(lax.conv_general_dilated(x, params["kernel"], (1,), "SAME", dimension_numbers=dims))
-        return jnp.mean(jnp.einsum("bld,edf->eblf", x, params["experts"]) ** 2)
-
-    tokens = jnp.arange(14).reshape(2, 7) % 11
-    return loss, params, tokens, lora.sites(loss, params, tokens)
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_leaves_of_all_kinds(name):
-    loss, params, tokens, sites = of_all_kinds()
-    frozen, lora_params = lora.split(jax.random.key(0), params, all_adaptable(VARIANTS[name]), sites=sites)
-    missing = {"LoKr": {"embed"}, "IA3_in": {"kernel"}}.get(name, set())
-    assert params.keys() - lora_params.keys() == missing
-    step = jax.jit(jax.value_and_grad(lambda lp: lora.lift(loss)(lora.attach(frozen, lp), tokens)))
-    assert float(step(lora_params)[0]) == pytest.approx(float(loss(params, tokens)), rel=1e-6)
-    lora_params = randomized(lora_params, 0.5)
-    expected = jax.jit(jax.value_and_grad(lambda lp: loss(lora.merge(frozen, lp), tokens)))(lora_params)
-    assert error(step(lora_params), expected) < 1e-5
-    assert formed(jax.make_jaxpr(step)(lora_params), lora_params) == []
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 def test_many_adapters_at_once(name):
     """Under vmap over adapters, as a bank has them, and under checkpoint."""
@@ -255,41 +222,12 @@ def test_many_adapters_at_once(name):
     assert error((value[0], jax.tree.map(lambda g: g[0], grads)), step(first)) < 1e-5
 
 
-@pytest.mark.standard_promotion
-def test_scales_and_learning_rates_trade_places():
-    """Adam's is the same with alpha / pq, p times A, and learning rates p and q times: LoRA Without Regret, 2025."""
-    x, y = normal(16, 6, seed=3), normal(16, 8, seed=4)
-
-    def losses(p, q):
-        variant = lora.LoRA(rank=2, alpha=8 / (p * q))
-        frozen, lora_params = lora.split(jax.random.key(0), {"w": W}, {"w": variant})
-        lora_params["w"].factors["A"] *= p
-        tx = lora.optimizer({"A": optax.adam(0.02 * p, eps=1e-30), "B": optax.adam(0.02 * q, eps=1e-30)})
-        lifted = lora.lift(lambda params: jnp.mean((x @ params["w"] - y) ** 2))
-
-        @jax.jit
-        def step(lora_params, state):
-            value, grads = jax.value_and_grad(lambda lp: lifted(lora.attach(frozen, lp)))(lora_params)
-            updates, state = tx.update(grads, state)
-            return optax.apply_updates(lora_params, updates), state, value
-
-        state, found = tx.init(lora_params), []
-        for _ in range(20):
-            lora_params, state, value = step(lora_params, state)
-            found.append(float(value))
-        return found
-
-    expected = losses(1, 1)
-    assert expected[-1] < 0.7 * expected[0]
-    np.testing.assert_allclose(losses(4, 0.5), expected, rtol=1e-6)
-    np.testing.assert_allclose(losses(3, 7), expected, rtol=1e-4)
-
-
 def test_a_variant_says_what_it_does_not_adapt():
-    _, params, _, sites = of_all_kinds()
+    loss, params, batch = kinds()
+    sites = lora.sites(loss, params, *batch)
     refused = (("embed", lora.LoKr(rank=1), "linear, conv"), ("kernel", lora.IA3(side="in"), "linear, embedding"))
-    for path, variant, kinds in refused:
-        with pytest.raises(ValueError, match=f"'{path}' is of kind .*, and .* adapts leaves of kind {kinds} alone"):
+    for path, variant, those in refused:
+        with pytest.raises(ValueError, match=f"'{path}' is of kind .*, and .* adapts leaves of kind {those} alone"):
             lora.split(jax.random.key(0), params, {path: variant}, sites=sites)
     for variant in (lora.LoHa(7), lora.AdaLoRA(7), lora.LoRAXS(7), lora.DoRA(7)):
         with pytest.raises(ValueError, match="rank 7 is above 6, the smaller of the in and out sizes"):

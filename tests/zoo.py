@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 
 Model = tuple[Callable[..., jax.Array], Any, tuple[Any, ...]]
 
@@ -188,6 +189,25 @@ def equinox(sizes: Sizes = SMALL) -> Model:
         return cross_entropy(jax.vmap(jax.vmap(model))(batch), batch)
 
     return loss, drawn(eqx.filter_eval_shape(_Equinox, sizes, jax.random.key(0))), (sizes.tokens(),)
+
+
+@functools.cache
+def kinds() -> Model:
+    """An embedding, layers that a loop scans over and rematerializes, a convolution, and an expert for each sequence."""
+    shapes = {"embed": (11, 8), "layers": (3, 8, 8), "kernel": (3, 8, 8), "experts": (3, 8, 10)}
+    params = {name: checks.normal(*shape, seed=len(name), scale=0.5) for name, shape in shapes.items()}
+
+    @jax.checkpoint
+    def layer(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
+        return x + jnp.tanh(x @ w), None
+
+    def loss(params: Any, tokens: jax.Array) -> jax.Array:
+        x, _ = lax.scan(layer, params["embed"][tokens], params["layers"])
+        dims = ("NWC", "WIO", "NWC")
+        x = jnp.tanh(lax.conv_general_dilated(x, params["kernel"], (1,), "SAME", dimension_numbers=dims))
+        return jnp.mean(jnp.einsum("eld,edf->elf", x, params["experts"]) ** 2)
+
+    return loss, params, (jnp.arange(21).reshape(3, 7) % 11,)
 
 
 MAKERS = {"by_hand": by_hand, "linen": linen, "bfloat16": bfloat16, "nnx": nnx_model, "equinox": equinox}
