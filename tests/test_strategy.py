@@ -109,9 +109,7 @@ def test_the_step_costs_what_a_layer_written_by_hand_costs(shape):
     for figure in ("flops", "bytes accessed"):
         assert ours.cost_analysis()[figure] <= 1.02 * theirs.cost_analysis()[figure], figure
     held = [compiled.memory_analysis().temp_size_in_bytes for compiled in (ours, theirs)]
-    scaled = sum(
-        leaf.factors["B"].nbytes for leaf in lora_params.values()
-    )  # XLA's scheduler says how many live at once
+    scaled = sum(leaf.factors["B"].nbytes for leaf in lora_params.values())  # XLA says how many live at once
     assert held[0] <= 1.02 * held[1] + scaled
 
 
