@@ -193,7 +193,7 @@ def equinox(sizes: Sizes = SMALL) -> Model:
 
 @functools.cache
 def kinds() -> Model:
-    """An embedding, layers that a loop scans over and rematerializes, a convolution, and an expert for each sequence."""
+    """An embedding, layers that are scanned over and rematerialized, a convolution, an expert for each sequence."""
     shapes = {"embed": (11, 8), "layers": (3, 8, 8), "kernel": (3, 8, 8), "experts": (3, 8, 10)}
     params = {name: checks.normal(*shape, seed=len(name), scale=0.5) for name, shape in shapes.items()}
 
