@@ -15,7 +15,7 @@ from lora_jax.factored import Factored
 from lora_jax.network import Network
 from lora_jax.sites import Site
 from lora_jax.variants.base import Factors, Variant, rank_axis
-from lora_jax.variants.hyperparameters import check
+from lora_jax.variants.hyperparameters import check, check_number
 from lora_jax.variants.initializers import initializer
 
 
@@ -64,8 +64,9 @@ class LoKr(Variant):
 
     def __post_init__(self) -> None:
         check(self)
-        if self.factor != -1 and self.factor < 1:
-            raise ValueError(f"LoKr(factor={self.factor}): the factor is a whole number, 1 or more, or -1")
+        means = "the factor is a whole number, 1 or more, or -1"
+        check_number(self, "factor", lambda x: x == -1 or x >= 1, means, whole=True)
+        object.__setattr__(self, "decompose_both", bool(self.decompose_both))
 
     @property
     def scale(self) -> float:
