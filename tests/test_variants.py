@@ -308,6 +308,7 @@ def test_a_variant_says_what_it_does_not_adapt():
         (lambda: lora.LoRA(rank=None), r"LoRA\(rank=None\): the rank is a whole number, 1 or more"),
         (lambda: lora.LoRA(rank=float("inf")), r"LoRA\(rank=inf\): the rank is a whole number, 1 or more"),
         (lambda: lora.LoRA(rank=2, alpha="16"), r"LoRA\(alpha='16'\): alpha is a finite number other than 0"),
+        (lambda: lora.VeRA(rank=2, d_initial=0), r"VeRA\(d_initial=0\): .* or neither d nor b would train"),
         (lambda: lora.LoHa(rank=2, dropout=None), r"LoHa\(dropout=None\): the dropout is a probability"),
         (lambda: lora.LoKr(rank=2, factor=2.5), r"LoKr\(factor=2.5\): the factor is a whole number"),
         (lambda: lora.LoRA(rank=2, dtype="foo"), r"LoRA\(dtype='foo'\): the dtype is a floating one"),
@@ -336,6 +337,14 @@ def test_hyperparameters_have_one_form(variant, same, tmp_path):
     assert variant == same
     lora_params = lora.split(jax.random.key(0), {"w": W}, {"w": variant})[1]
     assert lora.load(lora.save(tmp_path / "adapter", lora_params))["w"].variant == same
+
+
+@pytest.mark.parametrize("variant", [lora.LoHa, lora.LoKr])
+def test_what_only_draws_says_how(variant):
+    with pytest.raises(ValueError, match="'w' .*: init='pissa' is neither 'normal' nor 'uniform' nor a function"):
+        split(variant(rank=1, init="pissa"))
+    with pytest.raises(ValueError, match=r"'w' .*: init returned an array of shape \(1, 1\) for a factor of shape"):
+        split(variant(rank=1, init=lambda key, shape, dtype: jnp.ones((1, 1), dtype)))
 
 
 def test_biases_alone_train_with_full():

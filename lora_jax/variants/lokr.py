@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from lora_jax.axes import Axes, Axis, size_of, weight_axes
 from lora_jax.factored import Factored
@@ -16,7 +15,7 @@ from lora_jax.network import Network
 from lora_jax.sites import Site
 from lora_jax.variants.base import Factors, Variant, rank_axis
 from lora_jax.variants.hyperparameters import check, check_number
-from lora_jax.variants.initializers import initializer
+from lora_jax.variants.initializers import drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +83,8 @@ class LoKr(Variant):
         for name, own in zip(axes, jax.random.split(key, len(axes)), strict=True):
             shape = tuple(axis.size for axis in axes[name])
             inputs = [axis for axis in axes[name] if axis in (*inner.major, *inner.minor, *_window(site))]
-            draw = (
-                self.init if callable(self.init) else initializer(self.init, size_of(inputs) if inputs else self.rank)
-            )
-            draw = jax.nn.initializers.zeros if name in ("C", "C2") else draw
-            factors[name] = jnp.asarray(draw(own, shape, self.dtype), self.dtype)
+            init = jax.nn.initializers.zeros if name in ("C", "C2") else self.init
+            factors[name] = drawn(init, own, shape, self.dtype, size_of(inputs) if inputs else self.rank)
         return weight, factors
 
     def delta(self, factors: Factors, site: Site) -> Network:
