@@ -45,6 +45,8 @@ class Schedule:
     beta2: float = 0.85
 
     def __post_init__(self) -> None:
+        if min(self.warmup_steps, self.final_steps) < 0:
+            raise ValueError(f"{self}: warmup_steps and final_steps are 0 or more")
         if self.warmup_steps + self.final_steps >= self.total_steps:
             raise ValueError(
                 f"{self.warmup_steps} steps of warm-up and {self.final_steps} final ones leave none of "
@@ -114,6 +116,9 @@ def allocate(
     Returns:
       The adapters, of the same shapes, and what is known now.
 
+    Raises:
+      ValueError: The schedule's target is above the ranks that the adapters have on the average.
+
     >>> import jax, jax.numpy as jnp, lora_jax as lora
     >>> from lora_jax import budget
     >>> _, lora_params = lora.split(jax.random.key(0), {"w": jnp.ones((64, 32))}, {"w": lora.AdaLoRA(rank=4)})
@@ -133,6 +138,12 @@ def allocate(
     pruning = (learning & (step > schedule.warmup_steps) & (step % schedule.every == 0)) | (step == schedule.end)
     start = sum(kept.size for kept in importance.kept.values())
     target = schedule.target_rank * sum(math.prod(kept.shape[:-1]) for kept in importance.kept.values())
+    if target > start:
+        raise ValueError(
+            f"target_rank {schedule.target_rank} is above the {start} entries of E that "
+            f"{target // schedule.target_rank} matrices have, so none would be pruned: give AdaLoRA a higher rank, or "
+            "the schedule a lower target_rank"
+        )
     best = most_important(_scores(sensitivity, uncertainty, leaves), schedule.budget(step, start, target))
     kept = {path: jnp.where(pruning, best[path], old) for path, old in importance.kept.items()}
     masked = pruning | (step > schedule.end)

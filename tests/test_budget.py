@@ -99,7 +99,12 @@ def test_without_adalora_there_is_nothing_to_do(use):
         use(lora.split(jax.random.key(0), PARAMS, {"w": lora.LoRA(rank=2)})[1])
 
 
-@pytest.mark.parametrize("fields", [{"final_steps": 20}, {"beta1": 1.0}, {"every": 0}])
+def test_a_target_that_prunes_nothing():
+    with pytest.raises(ValueError, match="target_rank 8 is above the 16 entries of E that 4 matrices have"):
+        budget.allocate(budget.Schedule(20), budget.init(LORA_PARAMS), LORA_PARAMS, LORA_PARAMS)
+
+
+@pytest.mark.parametrize("fields", [{"final_steps": 20}, {"warmup_steps": -1}, {"beta1": 1.0}, {"every": 0}])
 def test_a_schedule_that_makes_no_sense(fields):
-    with pytest.raises(ValueError, match="leave none of 20|betas are between 0 and 1"):
+    with pytest.raises(ValueError, match="leave none of 20|are 0 or more|betas are between 0 and 1"):
         functools.partial(budget.Schedule, 20, **fields)()

@@ -243,12 +243,46 @@ def test_a_variant_says_what_it_does_not_adapt():
         (lambda: lora.LoKr(rank=2, factor=0), r"LoKr\(factor=0\): the factor is a whole number, 1 or more, or -1"),
         (lambda: lora.AdaLoRA(rank=2, dropout=1), r"AdaLoRA\(dropout=1\): the dropout is a probability"),
         (lambda: lora.IA3(side="both"), r"IA3\(side='both'\): the side is 'out' or 'in'"),
+        (lambda: lora.LoRA(rank=None), r"LoRA\(rank=None\): the rank is a whole number, 1 or more"),
+        (lambda: lora.LoRA(rank=float("inf")), r"LoRA\(rank=inf\): the rank is a whole number, 1 or more"),
+        (lambda: lora.LoRA(rank=2, alpha="16"), r"LoRA\(alpha='16'\): alpha is a finite number other than 0"),
+        (lambda: lora.VeRA(rank=2, d_initial=0), r"VeRA\(d_initial=0\): .* or neither d nor b would train"),
+        (lambda: lora.LoHa(rank=2, dropout=None), r"LoHa\(dropout=None\): the dropout is a probability"),
+        (lambda: lora.LoKr(rank=2, factor=2.5), r"LoKr\(factor=2.5\): the factor is a whole number"),
+        (lambda: lora.LoRA(rank=2, dtype="foo"), r"LoRA\(dtype='foo'\): the dtype is a floating one"),
+        (lambda: lora.LoRA(rank=2, dtype=None), r"LoRA\(dtype=None\): the dtype is a floating one"),
+        (lambda: lora.LoRAXS(rank=2, dtype="int32"), r"LoRAXS\(dtype='int32'\): the dtype is a floating one"),
+        (lambda: lora.IA3(dtype="int32"), r"IA3\(dtype='int32'\): the dtype is a floating one"),
+        (lambda: lora.Full(dtype="int8"), r"Full\(dtype='int8'\): the dtype is a floating one"),
         (lambda: lora.lora_plus(optax.sgd, 1.0, ratio=0), r"lora_plus\(ratio=0\)"),
     ],
 )
 def test_what_makes_no_sense_is_an_error_at_construction(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("variant", "same"),
+    [
+        (lora.LoRA(np.int64(2), np.float32(4), dropout=np.float32(0.5)), lora.LoRA(2, 4, dropout=0.5)),
+        (lora.LoKr(1, factor=np.int64(2), decompose_both=np.bool_(True)), lora.LoKr(1, factor=2, decompose_both=True)),
+        (lora.Full(dtype=jnp.bfloat16), lora.Full(dtype="bfloat16")),
+    ],
+)
+def test_hyperparameters_have_one_form(variant, same, tmp_path):
+    """NumPy's numbers and JAX's dtypes are Python's own and names, or no file could hold them."""
+    assert variant == same
+    lora_params = lora.split(jax.random.key(0), {"w": W}, {"w": variant})[1]
+    assert lora.load(lora.save(tmp_path / "adapter", lora_params))["w"].variant == same
+
+
+@pytest.mark.parametrize("variant", [lora.LoHa, lora.LoKr])
+def test_what_only_draws_says_how(variant):
+    with pytest.raises(ValueError, match="'w' .*: init='pissa' is neither 'normal' nor 'uniform' nor a function"):
+        split(variant(rank=1, init="pissa"))
+    with pytest.raises(ValueError, match=r"'w' .*: init returned an array of shape \(1, 1\) for a factor of shape"):
+        split(variant(rank=1, init=lambda key, shape, dtype: jnp.ones((1, 1), dtype)))
 
 
 def test_biases_alone_train_with_full():

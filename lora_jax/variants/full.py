@@ -14,6 +14,7 @@ from lora_jax.materialize import total
 from lora_jax.network import Network
 from lora_jax.sites import Site
 from lora_jax.variants.base import Factors, Variant
+from lora_jax.variants.hyperparameters import check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,9 @@ class Full(Variant):
     Args:
       dtype: The dtype to train in; None for the leaf's own.
 
+    Raises:
+      ValueError: For a dtype that is not floating.
+
     Source: `modules_to_save` in Hugging Face PEFT.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -37,6 +41,9 @@ class Full(Variant):
     dtype: str | None = None
     invertible: ClassVar[bool] = False
     needs_axes: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def initial(self, key: jax.Array, weight: Any, site: Site) -> tuple[Any, Factors]:
         """A copy of the leaf, so that neither is lost when the other's buffer is donated."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,26 +14,54 @@ from lora_jax.sites import Site
 
 
 def check(variant: Any) -> None:
-    """Checks those of `rank`, `alpha`, `dtype` and `dropout` that a frozen dataclass has, and puts them in one form.
+    """Checks those of `rank`, `alpha`, `dropout` and `dtype` that a frozen dataclass has, and puts them in one form.
+
+    That is Python's own numbers and a dtype's name, which compare, and which a file can hold.
 
     Raises:
-      ValueError: A rank below 1, an alpha that is 0 or not finite, an unknown dtype, a dropout that is no probability
-        below 1.
+      ValueError: A rank below 1, an alpha that is 0 or not finite, a dropout that is no probability below 1, a dtype
+        that is unknown or not floating.
     """
-    name = type(variant).__name__
-    rank, alpha = getattr(variant, "rank", 1), getattr(variant, "alpha", None)
-    if int(rank) != rank or rank < 1:
-        raise ValueError(f"{name}(rank={rank}): the rank is a whole number, 1 or more")
-    if alpha is not None and not (math.isfinite(alpha) and alpha):
-        raise ValueError(f"{name}(alpha={alpha}): alpha is a finite number other than 0, or None for rank")
-    if not 0 <= variant.dropout < 1:
-        raise ValueError(f"{name}(dropout={variant.dropout}): the dropout is a probability, 0 or more and below 1")
-    if hasattr(variant, "rank"):
-        object.__setattr__(variant, "rank", int(rank))
-    if alpha is not None:
-        object.__setattr__(variant, "alpha", float(alpha))
-    if getattr(variant, "dtype", None) is not None:
-        object.__setattr__(variant, "dtype", jnp.dtype(variant.dtype).name)
+    fields = {field.name: field.default for field in dataclasses.fields(variant)}
+    if "rank" in fields:
+        check_number(variant, "rank", lambda x: x >= 1, "the rank is a whole number, 1 or more", whole=True)
+    if "alpha" in fields and variant.alpha is not None:
+        check_number(variant, "alpha", bool, "alpha is a finite number other than 0, or None for rank")
+    if "dropout" in fields:
+        check_number(variant, "dropout", lambda x: 0 <= x < 1, "the dropout is a probability, 0 or more and below 1")
+    # None stands for the leaf's own where it is the default, and else, to NumPy, for float64.
+    if "dtype" in fields and not (variant.dtype is None and fields["dtype"] is None):
+        try:
+            dtype = None if variant.dtype is None else jnp.dtype(variant.dtype)
+        except TypeError:
+            dtype = None
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            name = type(variant).__name__
+            raise ValueError(f"{name}(dtype={variant.dtype!r}): the dtype is a floating one, such as 'float32'")
+        object.__setattr__(variant, "dtype", dtype.name)
+
+
+def check_number(variant: Any, field: str, allowed: Callable[[Any], bool], means: str, *, whole: bool = False) -> None:
+    """Checks a field of a frozen dataclass that holds a finite number, and makes it Python's own.
+
+    Args:
+      variant: The dataclass.
+      field: The field's name.
+      allowed: Which numbers there may be.
+      means: What the field is, for the message.
+      whole: Whether it is an int, and not a float.
+
+    Raises:
+      ValueError: It holds something else.
+    """
+    value = getattr(variant, field)
+    try:
+        number = None if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        number = None
+    if number is None or not math.isfinite(number) or (whole and number % 1) or not allowed(number):
+        raise ValueError(f"{type(variant).__name__}({field}={value!r}): {means}")
+    object.__setattr__(variant, field, int(value) if whole else number)
 
 
 def check_has_values(variant: Any, weight: Any) -> None:

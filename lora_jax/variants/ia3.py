@@ -12,6 +12,7 @@ from lora_jax.factored import Factored
 from lora_jax.network import Network
 from lora_jax.sites import Site
 from lora_jax.variants.base import Factors, Variant
+from lora_jax.variants.hyperparameters import check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class IA3(Variant):
       dtype: The dtype of the vector.
 
     Raises:
-      ValueError: For an unknown side or dtype.
+      ValueError: For an unknown side, a dtype that is not floating.
 
     Source: Liu et al. 2022, https://arxiv.org/abs/2205.05638.
 
@@ -45,7 +46,7 @@ class IA3(Variant):
     def __post_init__(self) -> None:
         if self.side not in ("out", "in"):
             raise ValueError(f"IA3(side={self.side!r}): the side is 'out' or 'in'")
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
+        check(self)
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lora_jax.initial.names import FROM_DATA, NAMED
 
@@ -38,3 +40,20 @@ def initializer(name: str, fan_in: int) -> Initializer:
             f"{', '.join(FROM_DATA)} are functions that make rules"
         )
     return INITIALIZERS[name](fan_in)
+
+
+def drawn(init: Any, key: jax.Array, shape: tuple[int, ...], dtype: str, fan_in: int) -> jax.Array:
+    """A factor of a variant whose factors are drawn, and do not begin as a part of the weight as LoRA's may.
+
+    Raises:
+      ValueError: `init` is neither a name in `INITIALIZERS` nor a function, or that returns another shape.
+    """
+    if not (callable(init) or init in INITIALIZERS):
+        raise ValueError(
+            f"init={init!r} is neither {' nor '.join(map(repr, INITIALIZERS))} nor a function (key, shape, dtype), and "
+            "others are of LoRA and its kin alone"
+        )
+    array = jnp.asarray((init if callable(init) else initializer(init, fan_in))(key, shape, dtype), dtype)
+    if array.shape != shape:
+        raise ValueError(f"init returned an array of shape {array.shape} for a factor of shape {shape}")
+    return array

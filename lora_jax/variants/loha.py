@@ -15,7 +15,7 @@ from lora_jax.network import Network
 from lora_jax.sites import Site
 from lora_jax.variants.base import Factors, Variant, rank_axis
 from lora_jax.variants.hyperparameters import check, check_fits
-from lora_jax.variants.initializers import initializer
+from lora_jax.variants.initializers import drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +76,7 @@ class LoHa(Variant):
             (fan_in, self.rank, fan_in),
             strict=True,
         ):
-            draw = self.init if callable(self.init) else initializer(self.init, inputs)
-            factors[name] = jnp.asarray(draw(own, batch + shape, self.dtype), self.dtype)
+            factors[name] = drawn(self.init, own, batch + shape, self.dtype, inputs)
         return weight, {**factors, "B2": jnp.zeros((*batch, self.rank, *outer), self.dtype)}
 
     def delta(self, factors: Factors, site: Site) -> Network:

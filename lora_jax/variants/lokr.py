@@ -8,15 +8,14 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from lora_jax.axes import Axes, Axis, size_of, weight_axes
 from lora_jax.factored import Factored
 from lora_jax.network import Network
 from lora_jax.sites import Site
 from lora_jax.variants.base import Factors, Variant, rank_axis
-from lora_jax.variants.hyperparameters import check
-from lora_jax.variants.initializers import initializer
+from lora_jax.variants.hyperparameters import check, check_number
+from lora_jax.variants.initializers import drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +63,9 @@ class LoKr(Variant):
 
     def __post_init__(self) -> None:
         check(self)
-        if self.factor != -1 and self.factor < 1:
-            raise ValueError(f"LoKr(factor={self.factor}): the factor is a whole number, 1 or more, or -1")
+        means = "the factor is a whole number, 1 or more, or -1"
+        check_number(self, "factor", lambda x: x == -1 or x >= 1, means, whole=True)
+        object.__setattr__(self, "decompose_both", bool(self.decompose_both))
 
     @property
     def scale(self) -> float:
@@ -83,11 +83,8 @@ class LoKr(Variant):
         for name, own in zip(axes, jax.random.split(key, len(axes)), strict=True):
             shape = tuple(axis.size for axis in axes[name])
             inputs = [axis for axis in axes[name] if axis in (*inner.major, *inner.minor, *_window(site))]
-            draw = (
-                self.init if callable(self.init) else initializer(self.init, size_of(inputs) if inputs else self.rank)
-            )
-            draw = jax.nn.initializers.zeros if name in ("C", "C2") else draw
-            factors[name] = jnp.asarray(draw(own, shape, self.dtype), self.dtype)
+            init = jax.nn.initializers.zeros if name in ("C", "C2") else self.init
+            factors[name] = drawn(init, own, shape, self.dtype, size_of(inputs) if inputs else self.rank)
         return weight, factors
 
     def delta(self, factors: Factors, site: Site) -> Network:

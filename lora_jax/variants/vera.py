@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from lora_jax.network import Network
 from lora_jax.sites import Site
 from lora_jax.variants.base import FROZEN, Factors, Variant, rank_axis
-from lora_jax.variants.hyperparameters import check
+from lora_jax.variants.hyperparameters import check, check_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,8 @@ class VeRA(Variant):
       dropout: As in `LoRA`.
 
     Raises:
-      ValueError: For a rank below 1, an unknown dtype, a dropout that is no probability below 1.
+      ValueError: For a rank below 1, a d_initial that is 0 or not finite, an unknown dtype, a dropout that is no
+        probability below 1.
 
     Source: Kopiczko et al. 2023, https://arxiv.org/abs/2310.11454.
 
@@ -56,6 +57,7 @@ class VeRA(Variant):
 
     def __post_init__(self) -> None:
         check(self)
+        check_number(self, "d_initial", bool, "d begins as a finite number, not 0, or neither d nor b would train")
 
     @property
     def shared_path(self) -> str:
