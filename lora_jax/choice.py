@@ -91,7 +91,9 @@ def _placed(path: str, chosen: Variant | Placed, leaf: Any, sites: Mapping[str, 
     if site.kind == "unused":
         raise ValueError(f"{path!r}: the traced function does not read it, so it would not train: leave it out")
     if isinstance(chosen, Placed):
-        variant, site = chosen.variant, chosen.site(path, shape, site.kind)
+        window, variant = site.window_axes, chosen.variant
+        site = chosen.site(path, shape, site.kind)
+        site = dataclasses.replace(site, window_axes=tuple(d for d in window if d in site.in_axes))
     else:
         variant = chosen
     if variant.needs_axes and not site.adaptable:

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax import tree
-from lora_jax.algebra.lowrank import SVD, low_rank, wider
+from lora_jax.algebra.lowrank import SVD, low_rank
 from lora_jax.axes import Axis, weight_axes
-from lora_jax.contract import contract
-from lora_jax.factors import Adapter, LoraParams
+from lora_jax.contract import contract, wider
+from lora_jax.factors import Adapter, LoraParams, together
 from lora_jax.variants.full import Full
 
 Side = Literal["A", "B", "in", "out"]
@@ -127,7 +127,7 @@ def subspace_similarity(
 
 
 def _low_rank_only(lora_params: Mapping[str, Adapter]) -> LoraParams:
-    return {path: adapter for path, adapter in lora_params.items() if not isinstance(adapter.variant, Full)}
+    return {path: adapter for path, adapter in together(lora_params).items() if not isinstance(adapter.variant, Full)}
 
 
 def _directions(path: str, adapter: Adapter, side: Side) -> jax.Array:

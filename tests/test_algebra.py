@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import error, formed, normal
+from checks import error, formed, normal, randomized
 from leaves import LEAVES, VARIANTS, Elementwise, Rescaled, as_matrices, base, best, delta, made, placed
 
 import lora_jax as lora
@@ -37,6 +37,48 @@ def test_scale_leaves_frozen_factors_alone():
     scaled = lora.scale(lora_params, 2.0)["heads"]
     assert scaled.factors["A"] is lora_params["heads"].factors["A"]
     np.testing.assert_array_equal(scaled.factors["d"], 2 * lora_params["heads"].factors["d"])
+
+
+def of_variant(variant):
+    """A base of zeros and random adapters of two leaves, with what these share."""
+    params = {"up": jnp.zeros((8, 12)), "down": jnp.zeros((12, 8))}
+    return params, randomized(lora.split(jax.random.key(0), params, {".*": variant})[1], scale=0.5)
+
+
+@pytest.mark.parametrize("variant", [lora.VeRA(3), lora.LoKr(2, factor=2), lora.LoHa(2), lora.AdaLoRA(2)], ids=repr)
+def test_scale_knows_what_multiplies_delta(variant):
+    """Factors that leaves share stay as they are; and ΔW may split the weight's axes."""
+    params, lora_params = of_variant(variant)
+    whole, half = (lora.merge(params, lp) for lp in (lora_params, lora.scale(lora_params, 0.5)))
+    for path in params:
+        assert error(half[path], 0.5 * whole[path]) < 1e-6
+
+
+def test_what_leaves_share_takes_part():
+    params, lora_params = of_variant(lora.VeRA(3))
+    whole, both = (lora.merge(params, lp) for lp in (lora_params, lora.add(lora_params, lora_params)))
+    for path in params:
+        assert error(both[path], 2 * whole[path]) < 1e-5
+    assert {*lora.combine([lora_params], [1], method="svd", rank=2)} == {*params}
+    with pytest.raises(ValueError, match="'down': resize takes LoRA.* method='svd'"):
+        lora.resize(lora_params, 2)
+    for path, values in lora.singular_values(lora_params).items():
+        expected = np.linalg.svd(whole[path], compute_uv=False)[:3]
+        np.testing.assert_allclose(values, expected, rtol=1e-4)
+    assert {*lora.amplification(params, lora_params)} == {*params}
+
+
+def test_resize_keeps_a_frozen_a_frozen():
+    params, lora_params = of_variant(lora.LoRAFA(4, alpha=2))
+    merged = lora.merge(params, lora_params)
+    for rank, key in ((2, None), (6, jax.random.key(0))):
+        found = lora.resize(lora_params, rank, key=key)
+        assert {type(adapter.variant) for adapter in found.values()} == {lora.LoRAFA}
+        for path, adapter in found.items():
+            u, s, vt = np.linalg.svd(merged[path], full_matrices=False)
+            expected = (u[:, :rank] * s[:rank]) @ vt[:rank]
+            assert error(delta(adapter), expected) < 1e-5
+    assert lora.combine([lora_params], [1], method="linear")["up"].variant.rank == 4
 
 
 @functools.cache
@@ -239,7 +281,11 @@ ERRORS = {
     "extract_paths": (lambda: lora.extract({"w": jnp.ones(3)}, {"v": jnp.ones(3)}, 1), "'w' is missing in tuned"),
     "extract_finite": (
         lambda: lora.extract({"w": jnp.ones((3, 3))}, {"w": jnp.full((3, 3), jnp.inf)}, 1),
-        "'w': values that are not finite",
+        "'w' has values in tuned that are not finite",
+    ),
+    "extract_finite_in_full": (
+        lambda: lora.extract({"b": jnp.zeros(3)}, {"b": jnp.full(3, jnp.nan)}, {"b": lora.Full()}),
+        "'b' has values in tuned that are not finite",
     ),
 }
 

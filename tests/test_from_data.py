@@ -247,3 +247,21 @@ def test_an_adapter_holds_no_data():
     for maker in makers:
         _, lora_params = lora.split(KEY, WEIGHTS, maker(WEIGHTS, [PEFT["x"]], RULES))
         assert all(isinstance(adapter.variant.init, str) for adapter in lora_params.values())
+
+
+def test_other_variants_keep_a_convolution_s_window():
+    """LoKr splits the channels alone, also where a rule made of a rule, or the user, gives the axes."""
+    params, x = {"k": normal(3, 3, 4, 8), "w": normal(8, 5)}, normal(2, 6, 6, 4)
+
+    def model(params, x):
+        x = lax.conv_general_dilated(x, params["k"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return x.mean((1, 2)) @ params["w"]
+
+    sites = lora.sites(model, params, x)
+    rules = {"k": lora.LoKr(2), "w": VARIANT}
+    placed = {**rules, "k": lora.LoKr(2).at(in_axes=(0, 1, 2), out_axes=-1)}
+    expected = lora.split(KEY, params, rules, sites=sites)[1]["k"]
+    for given in (placed, lora.eva(model, params, [x], rules, sites=sites)):
+        found = lora.split(KEY, params, given, sites=sites)[1]["k"]
+        assert found.site == expected.site
+        assert jax.tree.map(jnp.shape, found.factors) == jax.tree.map(jnp.shape, expected.factors)

@@ -239,6 +239,9 @@ def test_loftq_leaves_other_variants_as_ruled():
         lora.loftq(quantized, rules, iterations=0)
     with pytest.raises(ValueError, match=r"'w'.*shape \(12,\) for a leaf of shape \(12, 8\)"):
         lora.split(jax.random.key(0), params, lora.loftq(lambda x: x[:, 0], {"w": lora.LoRA(rank=2)}))
+    for quantize, message in ((lambda x: (x, 1), "a tuple for a leaf"), (lambda x: x / 0, "not finite")):
+        with pytest.raises(ValueError, match=f"'w'.*{message}"):
+            lora.split(jax.random.key(0), params, lora.loftq(quantize, {"w": lora.LoRA(rank=2)}))
     with pytest.raises(ValueError, match="differ by more than rank 2 holds"):
         lora.relative_to(params, frozen, lora_params)
 
@@ -275,3 +278,29 @@ def test_an_export_of_what_left_the_base_alone_is_itself():
     _, full = lora.split(jax.random.key(0), {"w": weight}, {"w": lora.Full()})
     with pytest.raises(ValueError, match="of Full"):
         lora.relative_to({"w": weight}, {"w": weight + 1}, full)
+
+
+def test_an_export_leaves_what_leaves_share():
+    params = {"w": LEAVES["linear"][0], "v": LEAVES["wide"][0]}
+    rules = {"w": lora.LoRA(rank=2, init="pissa"), "v": lora.VeRA(3)}
+    frozen, lora_params = lora.split(jax.random.key(0), params, rules)
+    exported = lora.relative_to(params, frozen, lora_params)
+    assert {*exported} == {*lora_params}
+    assert error(lora.merge(params, exported), lora.merge(frozen, lora_params)) < 1e-6
+
+
+def test_an_export_of_bfloat16_factors_is_not_rounded():
+    """A·B and A₀·B₀ nearly cancel, so that each needs more digits than what they come to."""
+    weight, axes = _first()
+    frozen, lora_params = split(weight, axes, lora.LoRA(rank=2, init="pissa", dtype="bfloat16"))
+    exported = lora.relative_to({"w": weight}, frozen, lora_params)
+    assert {x.dtype.name for x in exported["w"].factors.values()} == {exported["w"].variant.dtype} == {"float32"}
+    assert error(lora.merge({"w": weight}, exported)["w"], lora.merge(frozen, lora_params)["w"]) < 1e-6
+
+
+def test_an_export_takes_no_quantization_for_rounding():
+    """Of 8 bits, under a bfloat16 base, it is not much more than that."""
+    params = {"w": normal(128, 128).astype("bfloat16")}
+    rules = lora.loftq(lambda x: jnp.round(x * 127 / abs(x).max(0)) * abs(x).max(0) / 127, {"w": lora.LoRA(rank=2)})
+    with pytest.raises(ValueError, match="differ by more than rank 2 holds"):
+        lora.relative_to(params, *lora.split(jax.random.key(0), params, rules))

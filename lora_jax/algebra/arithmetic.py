@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.adapters import applied_to
 from lora_jax.algebra.combine import combine
-from lora_jax.algebra.lowrank import is_plain, low_rank, truncated, wider
-from lora_jax.factors import Adapter, LoraParams, key_of
+from lora_jax.algebra.lowrank import is_plain, low_rank, truncated
+from lora_jax.contract import wider
+from lora_jax.factored import is_factored
+from lora_jax.factors import Adapter, LoraParams, key_of, together
 from lora_jax.optim import FROZEN
-from lora_jax.variants.base import Variant
 from lora_jax.variants.full import Full
 from lora_jax.variants.initializers import INITIALIZERS
 from lora_jax.variants.lora import LoRA
@@ -42,10 +44,14 @@ def scale(lora_params: Mapping[str, Adapter], factor: float | jax.Array, *, base
     Array([1., 1., 1., 1.], dtype=float32)
     """
 
+    whole = together(lora_params)
+
     def scaled(path: str, adapter: Adapter) -> Adapter:
+        if path not in whole:  # what leaves share
+            return adapter
         if isinstance(adapter.variant, Full):
             return combine([{path: adapter}], [factor], base=base)[path]  # pyright: ignore[reportArgumentType]
-        name = _linear_factor(path, adapter)
+        name = _linear_factor(path, whole[path])
         array = jnp.asarray(adapter.factors[name])
         wide = wider(array.dtype, jnp.float32)
         product = (array.astype(wide) * jnp.asarray(factor, wide)).astype(array.dtype)
@@ -58,7 +64,9 @@ def _linear_factor(path: str, adapter: Adapter) -> str:
     """The factor that multiplies the whole of ΔW, and trains."""
     variant, factors = adapter.variant, adapter.factors
     labels = variant.labels()
-    if type(variant).apply is Variant.apply:
+    value = applied_to(jax.ShapeDtypeStruct(adapter.site.shape, jnp.float32), path, adapter)
+    base = value.base if is_factored(value) else None
+    if base and len(base.operands) == 1 and base.scale == 1:  # the base as it is, and ΔW beside it
         operands = variant.delta(factors, adapter.site).operands
         times = {name: sum(x is array for x in operands) for name, array in factors.items()}
         names = [name for name in factors if times[name] == 1 and labels[name] != FROZEN]
@@ -123,7 +131,8 @@ def resize(lora_params: Mapping[str, Adapter], rank: int, *, key: jax.Array | No
       `lora_params` of that rank, of the same variants, scales and dtypes.
 
     Raises:
-      ValueError: A leaf is too small for the rank; a variant is not LoRA; the rank rises and there is no key.
+      ValueError: A leaf is too small for the rank; a variant is neither LoRA nor LoRAFA; the rank rises and there is no
+        key.
 
     Source: Eckart and Young 1936, https://doi.org/10.1007/BF02288367.
 
@@ -132,7 +141,7 @@ def resize(lora_params: Mapping[str, Adapter], rank: int, *, key: jax.Array | No
     >>> lora.resize(lora_params, 1)["w"].variant
     LoRA(rank=1, alpha=4.0, scaling='standard', init='normal', dtype='float32', dropout=0.0)
     """
-    return {path: _resized(path, adapter, rank, key) for path, adapter in lora_params.items()}
+    return {path: _resized(path, adapter, rank, key) for path, adapter in together(lora_params).items()}
 
 
 def _resized(path: str, adapter: Adapter, rank: int, key: jax.Array | None) -> Adapter:

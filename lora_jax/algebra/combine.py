@@ -12,9 +12,10 @@ import jax.core
 import jax.numpy as jnp
 
 from lora_jax import tree
-from lora_jax.algebra.lowrank import SVD, LowRank, is_plain, lora_adapter, low_rank, matmul, truncated, wider
+from lora_jax.algebra.lowrank import SVD, LowRank, is_plain, lora_adapter, low_rank, matmul, truncated
 from lora_jax.algebra.task_arithmetic import RECIPES
-from lora_jax.factors import Adapter, LoraParams, key_of
+from lora_jax.contract import wider
+from lora_jax.factors import Adapter, LoraParams, key_of, together
 from lora_jax.variants.full import Full
 from lora_jax.variants.lora import LoRA
 
@@ -128,7 +129,7 @@ def combine(
     2
     """
     how = _How(method, rank, density, majority, key)
-    adapters = list(adapters)
+    adapters = [together(one) for one in adapters]
     numbers = _weights(adapters, weights)
     leaves = None if base is None else tree.flatten(base)[0]
     combined = LoraParams()
@@ -149,7 +150,7 @@ def combine(
 def _by_product(path: str, parts: Sequence[LowRank], weights: jax.Array, how: _How) -> Adapter:
     """By the ΔW of each part: side by side, and cut off by their singular values if asked for."""
     site = parts[0].site
-    dtype = wider(*(part.dtype for part in parts)).name
+    dtype = jnp.dtype(wider(*(part.dtype for part in parts))).name
     wide = wider(dtype, jnp.float32)
     weights = weights.astype(wide)
     if how.method.endswith("_svd"):

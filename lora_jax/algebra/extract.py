@@ -10,9 +10,11 @@ import jax.core
 import jax.numpy as jnp
 
 from lora_jax import tree
-from lora_jax.algebra.lowrank import SVD, is_plain, matrices, truncated, wider
+from lora_jax.algebra.lowrank import SVD, is_plain, truncated
 from lora_jax.choice import Rules, choose
+from lora_jax.contract import wider
 from lora_jax.factors import Adapter, LoraParams
+from lora_jax.matrices import to_matrices
 from lora_jax.sites import Site
 from lora_jax.variants.full import Full
 from lora_jax.variants.lora import LoRA
@@ -62,6 +64,9 @@ def extract(base: Any, tuned: Any, rules: Rules | int, *, sites: Mapping[str, Si
 
 
 def _extracted(path: str, before: Any, after: Any, variant: Any, site: Site) -> Adapter:
+    for name, array in (("base", before), ("tuned", after)):
+        if not isinstance(array, jax.core.Tracer) and not bool(jnp.isfinite(array).all()):
+            raise ValueError(f"{path!r} has values in {name} that are not finite: there is no change to extract")
     if isinstance(variant, Full):
         dtype = jax.dtypes.canonicalize_dtype(variant.dtype or after.dtype)
         return Adapter({"weight": jnp.array(after, dtype, copy=True)}, variant, site)
@@ -72,11 +77,8 @@ def _extracted(path: str, before: Any, after: Any, variant: Any, site: Site) -> 
             f"{path!r} {site.shape}: rank {variant.rank} is above {site.max_rank}, the most that its sides allow: "
             "lower it, or give Full()"
         )
-    old, new = matrices(before, site), matrices(after, site)
-    wide = wider(old.dtype, new.dtype)
-    delta = new.astype(wide) - old.astype(wide)
-    if not isinstance(delta, jax.core.Tracer) and not bool(jnp.isfinite(delta).all()):
-        raise ValueError(f"{path!r}: values that are not finite have no singular values: look at both checkpoints")
+    wide = wider(before.dtype, after.dtype, jnp.float32)
+    delta = to_matrices(jnp.asarray(after, wide) - jnp.asarray(before, wide), site)
     return truncated(SVD(*jnp.linalg.svd(delta, full_matrices=False)), site, variant)
 
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from typing import Any, NamedTuple, TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.axes import Axes, size_of
-from lora_jax.contract import contract
+from lora_jax.contract import contract, wider
 from lora_jax.factors import Adapter
 from lora_jax.network import Network
 from lora_jax.sites import Site
 from lora_jax.variants.base import Variant
 from lora_jax.variants.lora import LoRA
+from lora_jax.variants.lora_fa import LoRAFA
 
 matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
@@ -115,7 +115,7 @@ def _sides(path: str, variant: Variant, network: Network, inner: Axes, outer: Ax
 def is_plain(variant: Variant) -> TypeGuard[LoRA]:
     """Whether ΔW is s·A·B, of these two factors and nothing else, however they begin and whichever of them trains."""
     own = type(variant)
-    return isinstance(variant, LoRA) and own.delta is LoRA.delta and own.apply is Variant.apply
+    return isinstance(variant, LoRA) and own.delta in (LoRA.delta, LoRAFA.delta) and own.apply is Variant.apply
 
 
 def _not_low_rank(path: str, variant: Variant) -> ValueError:
@@ -143,21 +143,3 @@ def truncated(svd: SVD, site: Site, variant: LoRA) -> Adapter:
     """
     u, s, vt = svd.u[..., : variant.rank], svd.s[..., : variant.rank], svd.vt[..., : variant.rank, :]
     return lora_adapter(u, s[..., :, None] * vt / variant.scale, site, variant)
-
-
-def matrices(array: Any, site: Site) -> jax.Array:
-    """A leaf as matrices (batch..., in, out), in float32 or wider."""
-    batch, inner, outer = site.sizes()
-    order = (*site.batch_axes, *site.in_axes, *site.out_axes)
-    array = jnp.asarray(array, wider(array.dtype, jnp.float32)).transpose(order)
-    return array.reshape(*batch, math.prod(inner), math.prod(outer))
-
-
-def wider(*dtypes: Any) -> Any:
-    """The dtype that all of these go into.
-
-    >>> wider("bfloat16", "float16").name
-    'float32'
-    """
-    with jax.numpy_dtype_promotion("standard"):
-        return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(dtypes[0]))

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from lora_jax.choice import Rules
@@ -33,7 +34,7 @@ def loftq(quantize: Callable[[jax.Array], jax.Array], rules: Rules, *, iteration
       Rules for `split`, for any tree.
 
     Raises:
-      ValueError: For no iterations; in `split`, where `quantize` changes the shape.
+      ValueError: For no iterations; in `split`, where `quantize` changes the shape, or gives what is not finite.
 
     Source: Li et al. 2023, https://arxiv.org/abs/2310.08659. Hugging Face PEFT does not divide by the scale s, so that
     there the correction is right for s = 1 alone.
@@ -69,8 +70,11 @@ class LoftQ(Initialization):
         a = b = quantized = weight
         for _ in range(self.iterations):
             leaf = self.quantize(from_matrices(weight - part, site))
-            if leaf.shape != site.shape:
-                raise ValueError(f"quantize returned an array of shape {leaf.shape} for a leaf of shape {site.shape}")
+            if getattr(leaf, "shape", None) != site.shape:
+                found = f"an array of shape {leaf.shape}" if hasattr(leaf, "shape") else f"a {type(leaf).__name__}"
+                raise ValueError(f"quantize returned {found} for a leaf of shape {site.shape}")
+            if not isinstance(leaf, jax.core.Tracer) and not bool(jnp.isfinite(leaf).all()):
+                raise ValueError("quantize returned values that are not finite: does it divide by a scale of zero?")
             quantized = to_matrices(leaf.astype(weight.dtype), site)
             a, b = principal(weight - quantized, rank, scale)
             part = scale * (a @ b)

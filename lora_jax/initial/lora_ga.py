@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from lora_jax import tree
 from lora_jax.choice import Rules
+from lora_jax.contract import wider
 from lora_jax.initial.chosen import as_rules, begun_from, chosen, total_over
-from lora_jax.initial.start import Initialization, Start, wide_dtype
+from lora_jax.initial.start import Initialization, Start
 from lora_jax.matrices import to_matrices
 from lora_jax.sites import Site
 
@@ -77,7 +78,7 @@ def lora_ga(
             return fun(tree.unflatten(treedef, {**leaves, **some}), batch)
 
         found = jax.grad(loss)({path: jnp.asarray(leaves[path]) for path in begun})
-        return {path: grad.astype(wide_dtype(grad)) for path, grad in found.items()}
+        return {path: grad.astype(wider(grad.dtype, jnp.float32)) for path, grad in found.items()}
 
     total, n = total_over(gradients, params, batches)
     found = {}

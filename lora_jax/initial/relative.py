@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import tree
+from lora_jax.contract import wider
 from lora_jax.factors import Adapter, LoraParams
 from lora_jax.initial.pissa import halves, randomized_svd
-from lora_jax.initial.start import wide_dtype
 from lora_jax.matrices import to_matrices
+from lora_jax.variants.base import SHARED
 from lora_jax.variants.lora import LoRA
 
 
@@ -32,7 +33,8 @@ def relative_to(params: Any, frozen: Any, lora_params: Mapping[str, Adapter]) ->
       lora_params: The adapters, trained or not.
 
     Returns:
-      Adapters by path, which share the factors of those that stay as they are.
+      Adapters by path, which share the factors of those that stay as they are. The others are in float32 or wider, as
+      A·B and A₀'·B₀' nearly cancel.
 
     Raises:
       ValueError: The trees do not have a path, or differ in its shape; or what they differ by is not of the adapter's
@@ -50,6 +52,8 @@ def relative_to(params: Any, frozen: Any, lora_params: Mapping[str, Adapter]) ->
 
 
 def _exported(path: str, before: Mapping[str, Any], after: Mapping[str, Any], adapter: Adapter) -> Adapter:
+    if adapter.site.kind == SHARED:
+        return adapter
     for name, leaves in (("params", before), ("frozen", after)):
         if path not in leaves or leaves[path].shape != adapter.site.shape:
             found = f"a leaf of shape {leaves[path].shape}" if path in leaves else "no leaf"
@@ -62,14 +66,16 @@ def _exported(path: str, before: Mapping[str, Any], after: Mapping[str, Any], ad
             f"{path!r}: params and frozen differ, and of {type(variant).__name__} with factors "
             f"{sorted(adapter.factors)} it is not known how to make up for it: merge instead"
         )
-    wide = wide_dtype(old)
+    wide = wider(old.dtype, jnp.float32)
     old, new = (to_matrices(jnp.asarray(leaf, wide), adapter.site) for leaf in (old, new))
     with jax.default_matmul_precision("highest"):
         u, s, vt = randomized_svd(jax.random.key(0), new - old, variant.rank, 2)
         left = jnp.linalg.norm(new - old - (u * s[..., None, :]) @ vt)
         a, b = halves(u, s, vt, variant.scale)
     size = float(jnp.linalg.norm(old) + jnp.linalg.norm(new))
-    if not left <= size * (float(jnp.finfo(after[path].dtype).eps) + 16 * float(jnp.finfo(wide).eps)):
+    # No entry of the frozen leaf was rounded by more than half a unit in its last place.
+    rounded = float(jnp.linalg.norm(new)) * float(jnp.finfo(after[path].dtype).eps) / 2
+    if not left <= rounded + size * 16 * float(jnp.finfo(wide).eps):
         raise ValueError(
             f"{path!r}: params and frozen differ by more than rank {variant.rank} holds ({float(left) / size:.1%} of "
             "them is left): give the params and the frozen tree of the split that these adapters come from; what is "
@@ -77,13 +83,10 @@ def _exported(path: str, before: Mapping[str, Any], after: Mapping[str, Any], ad
         )
     batch, inner, outer = adapter.site.sizes()
     factors = {
-        "A": jnp.concatenate([adapter.factors["A"], _like(a, adapter.factors["A"], (*batch, *inner, -1))], -1),
-        "B": jnp.concatenate([adapter.factors["B"], _like(b, adapter.factors["B"], (*batch, -1, *outer))], len(batch)),
+        "A": jnp.concatenate([jnp.asarray(adapter.factors["A"], wide), a.reshape(*batch, *inner, -1)], -1),
+        "B": jnp.concatenate([jnp.asarray(adapter.factors["B"], wide), b.reshape(*batch, -1, *outer)], len(batch)),
     }
     rank = 2 * variant.rank
     alpha = variant.scale * (math.sqrt(rank) if variant.scaling == "rank_stabilized" else rank)
-    return dataclasses.replace(adapter, factors=factors, variant=dataclasses.replace(variant, rank=rank, alpha=alpha))
-
-
-def _like(matrix: jax.Array, factor: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return matrix.reshape(shape).astype(factor.dtype)
+    variant = dataclasses.replace(variant, rank=rank, alpha=alpha, dtype=jnp.dtype(wide).name)
+    return dataclasses.replace(adapter, factors=factors, variant=variant)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lora_jax.contract import wider
 from lora_jax.matrices import from_matrices, to_matrices
 from lora_jax.sites import Site
 
@@ -75,7 +76,7 @@ def started(
     if isinstance(weight, jax.ShapeDtypeStruct):
         raise ValueError(f"init={how.name!r} reads the leaf, and this one has no values: split inside jax.eval_shape")
     batch, inner, outer = site.sizes()
-    wide = wide_dtype(weight)
+    wide = wider(weight.dtype, jnp.float32)
     with jax.default_matmul_precision("highest"):
         matrices = to_matrices(jnp.asarray(weight, wide), site)
         a, b, base = how.start(key, matrices, site, rank, scale)
@@ -96,12 +97,3 @@ def started(
 @functools.partial(jax.jit, static_argnums=3)
 def _without(matrices: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
     return matrices - scale * (a.astype(matrices.dtype) @ b.astype(matrices.dtype))
-
-
-def wide_dtype(array: Any) -> Any:
-    """float32, or the array's own dtype where that is wider.
-
-    >>> wide_dtype(jnp.ones(2, "bfloat16"))
-    dtype('float32')
-    """
-    return max(jnp.dtype("float32"), jnp.dtype(array.dtype), key=lambda dtype: dtype.itemsize)
