@@ -58,6 +58,11 @@ def split(
             frozen[path], factors = variant.initial(key_of(key, path), arrays[path], site)
         except ValueError as error:
             raise ValueError(f"{path!r} {site.shape} as {variant.begun()}: {error}") from error
+        if {*factors} != {*variant.names(site)}:
+            raise ValueError(
+                f"{path!r} {site.shape} as {variant.begun()}: it begins with the factors {[*factors]} and has labels "
+                f"for {[*variant.names(site)]}: `labels` names each, or `names` those that this leaf has"
+            )
         lora_params[path] = Adapter(factors, variant.begun(), site)
     lora_params |= pools(key, leaves, lora_params)
     if not lora_params:

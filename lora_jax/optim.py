@@ -12,6 +12,7 @@ import optax
 from lora_jax.factors import Adapter, is_adapter
 from lora_jax.sites import Site
 from lora_jax.variants.base import FROZEN
+from lora_jax.variants.full import WEIGHT
 from lora_jax.variants.lora_fa import LoRAFA
 
 
@@ -63,7 +64,8 @@ def lora_plus(
       make_tx: A function from a learning rate to a transform, such as `optax.adamw`.
       learning_rate: The learning rate, or schedule, of A and of every other factor that is not `fast`.
       ratio: How much faster the others are.
-      embedding_learning_rate: The learning rate of the factors of leaves that are looked up, as in PEFT.
+      embedding_learning_rate: The learning rate of the factors of leaves that are looked up, as in PEFT; a leaf that
+        trains itself, as under `Full`, is none.
       fast: The labels of the factors that are: what makes the outputs. So are LoRA's B and its kin's, LoHa's B1 and B2,
         LoKr's AB, VeRA's b. (PEFT's rule is "B, or of one dimension": for that, add "d", "magnitude", "scale", "E".)
 
@@ -71,7 +73,8 @@ def lora_plus(
       A gradient transformation.
 
     Raises:
-      ValueError: For a ratio that is not positive; on `init`, where the tree holds no adapter.
+      ValueError: For a ratio that is not positive, or labels that are no tuple; on `init`, where the tree holds no
+        adapter.
 
     Source: Hayou et al. 2024, https://arxiv.org/abs/2402.12354.
 
@@ -84,11 +87,14 @@ def lora_plus(
     """
     if not ratio > 0:
         raise ValueError(f"lora_plus(ratio={ratio}): the ratio is positive")
+    if isinstance(fast, str):
+        raise ValueError(f"lora_plus(fast={fast!r}): fast is a tuple of labels, such as ({fast!r},)")
     faster: Any = (lambda step: ratio * learning_rate(step)) if callable(learning_rate) else ratio * learning_rate
     rates = {"slow": learning_rate, "fast": faster, "embedding": embedding_learning_rate}
 
     def group(label: str, site: Site) -> str:
-        return "embedding" if site.kind == "embedding" else "fast" if label in fast else "slow"
+        looked_up = site.kind == "embedding" and label != WEIGHT
+        return "embedding" if looked_up else "fast" if label in fast else "slow"
 
     return optimizer({name: make_tx(rate) for name, rate in rates.items()}, group=group)
 
@@ -106,7 +112,7 @@ def fa_gradients(damping: float = 1e-8) -> optax.GradientTransformation:
       A gradient transformation, whose `update` needs the parameters.
 
     Raises:
-      ValueError: On `update`, without parameters.
+      ValueError: On `init`, where no leaf is under `LoRAFA`; on `update`, without parameters.
 
     Source: Zhang et al. 2023, https://arxiv.org/abs/2308.03303, as in Hugging Face PEFT's `LoraFAOptimizer`.
 
@@ -130,7 +136,13 @@ def fa_gradients(damping: float = 1e-8) -> optax.GradientTransformation:
             )
         return jax.tree.map(corrected, updates, params, is_leaf=is_adapter), state
 
-    return optax.GradientTransformation(optax.init_empty_state, update)
+    def init(params: Any) -> optax.EmptyState:
+        leaves = jax.tree.leaves(params, is_leaf=is_adapter)
+        if not any(is_adapter(x) and isinstance(x.variant, LoRAFA) for x in leaves):
+            raise ValueError("fa_gradients: no leaf is under LoRAFA, so there is nothing to correct: leave it out")
+        return optax.EmptyState()
+
+    return optax.GradientTransformation(init, update)
 
 
 def _multi(transforms: dict[str, optax.GradientTransformation], group: Any) -> optax.GradientTransformationExtraArgs:

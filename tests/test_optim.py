@@ -118,3 +118,21 @@ def test_a_replaced_leaf_may_be_donated():
     jax.jit(lambda lp: jax.tree.map(lambda x: x + 1, lp), donate_argnums=0)(lora_params)
     assert not frozen["down"]["bias"].is_deleted()
     np.testing.assert_array_equal(frozen["down"]["bias"], PARAMS["down"]["bias"])
+
+
+def test_what_has_nothing_to_correct_or_to_tell_apart_is_an_error():
+    with pytest.raises(ValueError, match="no leaf is under LoRAFA"):
+        lora.fa_gradients().init(LORA_PARAMS)
+    with pytest.raises(ValueError, match=r"lora_plus\(fast='B'\): fast is a tuple of labels"):
+        lora.lora_plus(optax.sgd, 0.1, fast="B")
+
+
+def test_lora_plus_is_slow_for_factors_of_an_embedding_and_not_for_one_that_trains_itself():
+    params, sites = {"a": jnp.ones((8, 4)), "b": jnp.ones((8, 4))}, {}
+    for path in params:
+        sites[path] = lora.Site((8, 4), "embedding", (), (0,), (1,))
+    _, lora_params = lora.split(jax.random.key(0), params, {"a": lora.LoRA(2), "b": lora.Full()}, sites=sites)
+    tx = lora.lora_plus(optax.sgd, 0.5, embedding_learning_rate=0.25)
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, lora_params), tx.init(lora_params))
+    assert float(updates["a"].factors["B"][0, 0]) == -0.25
+    assert float(updates["b"].factors["weight"][0, 0]) == -0.5

@@ -241,6 +241,7 @@ def test_a_variant_says_what_it_does_not_adapt():
         (lambda: lora.VeRA(rank=0), r"VeRA\(rank=0\): the rank is a whole number, 1 or more"),
         (lambda: lora.LoHa(rank=2, alpha=0), r"LoHa\(alpha=0\): alpha is a finite number other than 0"),
         (lambda: lora.LoKr(rank=2, factor=0), r"LoKr\(factor=0\): the factor is a whole number, 1 or more, or -1"),
+        (lambda: lora.AdaLoRA(rank=2, deviation=0), r"AdaLoRA\(deviation=0\): the deviation is positive"),
         (lambda: lora.AdaLoRA(rank=2, dropout=1), r"AdaLoRA\(dropout=1\): the dropout is a probability"),
         (lambda: lora.IA3(side="both"), r"IA3\(side='both'\): the side is 'out' or 'in'"),
         (lambda: lora.LoRA(rank=None), r"LoRA\(rank=None\): the rank is a whole number, 1 or more"),
@@ -355,3 +356,14 @@ def test_a_user_s_own_variant(tmp_path):
     updates, _ = tx.update(step(lora_params)[1], tx.init(lora_params), lora_params)
     assert float(step(optax.apply_updates(lora_params, updates))[0]) < float(step(lora_params)[0])
     del lora.Variant.registry["SelfAdjoint"]
+
+
+def test_a_variant_that_forgets_a_label_or_takes_a_name_is_an_error():
+    class Forgetful(lora.LoRA):
+        def labels(self):
+            return {"A": "A"}
+
+    with pytest.raises(ValueError, match=r"begins with the factors \['A', 'B'\] and has labels for \['A'\]"):
+        lora.split(jax.random.key(0), {"w": W}, {"w": Forgetful(2)})
+    with pytest.raises(TypeError, match=r"lora_jax.variants.lora has one of this name already"):
+        type("LoRA", (lora.LoRA,), {})

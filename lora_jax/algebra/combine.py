@@ -111,7 +111,7 @@ def combine(
       base: The frozen tree, where leaves train in `Full`.
 
     Returns:
-      `lora_params`, for `attach` and `merge`.
+      `lora_params`, for `attach` and `merge`; without dropout, which the adapters need not have in common.
 
     Raises:
       ValueError: An option is missing, has no effect or makes no sense; or, with the path, adapters do not go together.

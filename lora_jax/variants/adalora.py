@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lora_jax.network import Network
 from lora_jax.sites import Site
 from lora_jax.variants.base import Factors, Variant, rank_axis
-from lora_jax.variants.hyperparameters import check, check_fits
+from lora_jax.variants.hyperparameters import check, check_fits, check_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +32,8 @@ class AdaLoRA(Variant):
       dropout: As in `LoRA`.
 
     Raises:
-      ValueError: For a rank below 1, an alpha that is 0 or not finite, an unknown dtype, a dropout that is no
-        probability below 1.
+      ValueError: For a rank below 1, an alpha that is 0 or not finite, a deviation that is not positive, an
+        unknown dtype, a dropout that is no probability below 1.
 
     Source: Zhang et al. 2023, https://arxiv.org/abs/2303.10512.
 
@@ -51,6 +51,7 @@ class AdaLoRA(Variant):
 
     def __post_init__(self) -> None:
         check(self)
+        check_number(self, "deviation", lambda x: x > 0, "the deviation is positive, or nothing would ever train")
 
     @property
     def scale(self) -> float:

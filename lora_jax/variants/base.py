@@ -47,6 +47,12 @@ class Variant(abc.ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        known = cls.registry.get(cls.__name__, cls)
+        if known.__module__ != cls.__module__:  # in the same one, as in a notebook, a class may be defined anew
+            raise TypeError(
+                f"{cls.__module__}.{cls.__name__}: files know variants by their names, and {known.__module__} has one "
+                "of this name already: take another"
+            )
         cls.registry[cls.__name__] = cls
 
     def at(

@@ -16,6 +16,8 @@ from lora_jax.sites import Site
 from lora_jax.variants.base import Factors, Variant
 from lora_jax.variants.hyperparameters import check
 
+WEIGHT = "weight"
+
 
 @dataclasses.dataclass(frozen=True)
 class Full(Variant):
@@ -62,4 +64,4 @@ class Full(Variant):
 
     def labels(self) -> dict[str, str]:
         """One label, "weight"."""
-        return {"weight": "weight"}
+        return {"weight": WEIGHT}
