@@ -12,7 +12,7 @@ import optax
 import lora_jax as lora
 
 HEAD = r".*/head/.*"
-LOW, MIDDLE, HIGH = (1e-4, 3e-4), (1e-3, 3e-3), (3e-3, 1e-2)
+LOW, MIDDLE, HIGH, HIGHER = (1e-4, 3e-4), (1e-3, 3e-3), (3e-3, 1e-2), (1e-2, 3e-2)
 
 
 def adamw(schedule):
@@ -53,7 +53,7 @@ ARMS = {
     "LoKr": Arm(everywhere(lora.LoKr(32, factor=4))),
     "VeRA": Arm(everywhere(lora.VeRA(256)), HIGH),
     "IA3": Arm(everywhere(lora.IA3()), HIGH),
-    "biases": Arm({r".*/bias": lora.Full(), HEAD: lora.Full()}),
+    "biases": Arm({r".*/bias": lora.Full(), HEAD: lora.Full()}, HIGHER),
     "full fine-tuning": Arm({".*": lora.Full()}, LOW),
-    "linear probe": Arm({HEAD: lora.Full()}, HIGH),
+    "linear probe": Arm({HEAD: lora.Full()}, HIGHER),
 }
