@@ -158,7 +158,7 @@ def test_files_that_are_none(tmp_path):
 
 def test_a_variant_of_one_s_own(tmp_path):
     @dataclasses.dataclass(frozen=True)
-    class Diagonal(lora.Variant):
+    class OnlyDiagonal(lora.Variant):
         """ΔW = diag(d): a variant in a dozen lines, from outside the package."""
 
         gain: float = 1.0
@@ -174,9 +174,9 @@ def test_a_variant_of_one_s_own(tmp_path):
         def labels(self):
             return {"d": "d"}
 
-    frozen, lora_params = lora.split(jax.random.key(0), {"w": jnp.ones((4, 4))}, {"w": Diagonal(gain=2.0)})
+    frozen, lora_params = lora.split(jax.random.key(0), {"w": jnp.ones((4, 4))}, {"w": OnlyDiagonal(gain=2.0)})
     lora_params = jax.tree.map(lambda x: x + 3.0, lora_params)
     loaded = lora.load(lora.save(tmp_path / "adapter", lora_params))
     found = lora.lift(lambda p, x: x @ p["w"])(lora.attach(frozen, loaded), jnp.ones((2, 4)))
     np.testing.assert_allclose(found, 4.0 + 6.0)
-    del lora.Variant.registry["Diagonal"]
+    del lora.Variant.registry["OnlyDiagonal"]
