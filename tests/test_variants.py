@@ -366,4 +366,8 @@ def test_a_variant_that_forgets_a_label_or_takes_a_name_is_an_error():
     with pytest.raises(ValueError, match=r"begins with the factors \['A', 'B'\] and has labels for \['A'\]"):
         lora.split(jax.random.key(0), {"w": W}, {"w": Forgetful(2)})
     with pytest.raises(TypeError, match=r"lora_jax.variants.lora has one of this name already"):
-        type("LoRA", (lora.LoRA,), {})
+        type("LoRA", (lora.LoRA,), {"__module__": "__main__"})
+    with pytest.raises(TypeError, match="test_variants has one of this name already"):
+        type("Forgetful", (lora.LoRA,), {"__module__": "elsewhere"})
+    for module in ("__main__", "elsewhere"):  # tried out first, and then moved
+        type("Moved", (lora.LoRA,), {"__module__": module})

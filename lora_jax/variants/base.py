@@ -48,7 +48,9 @@ class Variant(abc.ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         known = cls.registry.get(cls.__name__, cls)
-        if known.__module__ != cls.__module__:  # in the same one, as in a notebook, a class may be defined anew
+        # In the same module, or on its way from a notebook or script into one, a class may be defined anew.
+        anew = known.__module__ in (cls.__module__, "__main__") or cls.__module__ == "__main__"
+        if not anew or (known.__module__ != cls.__module__ and known.__module__.startswith("lora_jax.")):
             raise TypeError(
                 f"{cls.__module__}.{cls.__name__}: files know variants by their names, and {known.__module__} has one "
                 "of this name already: take another"
