@@ -1,4 +1,4 @@
-"""What a step costs under each variant: python experiments/variants/cost.py [--rounds N]; writes costs.json.
+"""What a step costs under each variant: python experiments/variants/cost.py [minilm] [gpt2]; adds to costs.json.
 
 FLOPs and bytes are XLA's; times are of steps that take turns in one process, over the neighboring step of LoRA.
 """
@@ -52,7 +52,7 @@ def of_minilm():
 
 def of_gpt2():
     """Steps of GPT-2 small's shapes, all linear layers, 512 tokens, and with them DoRA's norms once a step."""
-    task = Task.of(MODELS["gpt2"], "all")
+    task = Task.of(MODELS["gpt2"], "all_r16")
     loss_fn, params, tx = task.loss(plain), task.model.params(), lora.optimizer(optax.adamw(1e-4))
     sites = lora.sites(loss_fn, params, task.batch)
     for name, variant in GPT2.items():
@@ -99,16 +99,20 @@ def measured(contenders, rounds):
     return rows
 
 
+WORK = {"minilm": of_minilm, "gpt2": of_gpt2}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", metavar="MODEL", nargs="*", default=list(WORK))
     parser.add_argument("--rounds", type=int, default=30)
     arguments = parser.parse_args()
     environment = f"Python {platform.python_version()}, JAX {jax.__version__}, {os.cpu_count()} CPU cores"
-    found = {
-        f"MiniLM, {BATCH} × {LENGTHS[-1]} tokens": measured(of_minilm(), arguments.rounds),
-        "GPT-2 small, 2 × 256 tokens": measured(of_gpt2(), arguments.rounds // 2),
-    }
-    FILE.write_text(json.dumps({environment: found}, indent=1, ensure_ascii=False) + "\n")
+    for model in arguments.models:
+        rows = measured(WORK[model](), arguments.rounds)
+        runs = json.loads(FILE.read_text()) if FILE.exists() else {}
+        runs.setdefault(environment, {})[model] = rows
+        FILE.write_text(json.dumps(runs, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ def rows():
     """By arm: what results.json has of it, and what costs.json has of its step."""
     (results,) = json.loads((HERE / "results.json").read_text()).values()
     (costs,) = json.loads((HERE / "costs.json").read_text()).values()
-    (costs,) = (of for model, of in costs.items() if model.startswith("MiniLM"))
-    return {name: row | costs[name] for name, row in results.items()}
+    return {name: row | costs["minilm"][name] for name, row in results.items()}
 
 
 def table(found):

@@ -88,7 +88,7 @@ class DoRA(LoRA):
         w, a, b = to_matrices(w, site), a.reshape(*sizes, d.size, r.size), b.reshape(*sizes, r.size, k.size)
         # In the weight's own dtype, so that no wider copy of it is made, but added up in the wide one.
         w_axes, a_axes, b_axes = (*batch, d, k), (*batch, d, r), (*batch, r, k)
-        projected = contract([(w, w_axes), (a.astype(w.dtype), a_axes)], b_axes, **exact)
+        projected = contract([(a.astype(w.dtype), a_axes), (w, w_axes)], b_axes, **exact)
         a, b = a.astype(wide), b.astype(wide)
         gram = contract([(a, a_axes), (a, (*batch, d, r2))], (*batch, r, r2), **exact)
         crossed = contract([(gram, (*batch, r, r2)), (b, (*batch, r2, k))], b_axes, **exact)
