@@ -71,7 +71,7 @@ def examined_again():
             try:
                 with jax.numpy_dtype_promotion("strict"):
                     examine(eval(failure["program"], {"Program": Program}))
-            except Exception as error:
+            except Exception as error:  # as below: whatever goes wrong is a finding, and is written down
                 left.append({**failure, "error": f"{type(error).__name__}: {error}"})
         run["failures"] = left
         print(f"{run['failed_at_first']} failed, {len(left)} do still")
@@ -120,7 +120,7 @@ def work(first, count):
         try:
             with jax.numpy_dtype_promotion("strict"):
                 worst = max(worst, (examine(program), program.tolerance), key=lambda pair: pair[0] / pair[1])
-        except Exception as error:
+        except Exception as error:  # whatever a program brings to light is what is looked for, and is written down
             cause = re.sub(r"program_\w+\.py", "program.py", f"{type(error).__name__}: {error}")
             failures.append({"error": cause, "program": repr(program)})
 

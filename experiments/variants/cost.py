@@ -1,4 +1,4 @@
-"""What a step costs under each variant: python experiments/variants/cost.py [minilm] [gpt2]; adds to costs.json.
+"""What a step costs under each variant: python experiments/variants/cost.py [--models ...]; adds to costs.json.
 
 FLOPs and bytes are XLA's; times are of steps that take turns in one process, over the neighboring step of LoRA.
 """
@@ -26,10 +26,6 @@ from lora_jax.demo import encoder
 from lora_jax.demo.batches import draw
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent / "speed"))
-
-from models import MODELS, Task, plain  # noqa: E402
-
 FILE = HERE / "costs.json"
 GPT2 = {
     "LoRA": lora.LoRA(16),
@@ -52,6 +48,9 @@ def of_minilm():
 
 def of_gpt2():
     """Steps of GPT-2 small's shapes, all linear layers, 512 tokens, and with them DoRA's norms once a step."""
+    sys.path.append(str(HERE.parent / "speed"))
+    from models import MODELS, Task, plain
+
     task = Task.of(MODELS["gpt2"], "all_r16")
     loss_fn, params, tx = task.loss(plain), task.model.params(), lora.optimizer(optax.adamw(1e-4))
     sites = lora.sites(loss_fn, params, task.batch)
@@ -104,7 +103,7 @@ WORK = {"minilm": of_minilm, "gpt2": of_gpt2}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", metavar="MODEL", nargs="*", default=list(WORK))
+    parser.add_argument("--models", nargs="*", default=list(WORK), choices=WORK)
     parser.add_argument("--rounds", type=int, default=30)
     arguments = parser.parse_args()
     environment = f"Python {platform.python_version()}, JAX {jax.__version__}, {os.cpu_count()} CPU cores"

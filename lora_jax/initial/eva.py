@@ -152,8 +152,8 @@ def known_inputs(path: str, moments: Moments) -> None:
     """
     if not bool((moments.tokens > 0).all()):
         raise ValueError(
-            f"{path!r} has no input that could be captured: it is used behind `stop_gradient`, along other axes "
-            "than its site's, or multiplied by another weight first. Leave it out of these rules"
+            f"{path!r} has no input that could be captured: it is used behind `stop_gradient`, or in a branch that no "
+            "batch takes. Leave it out of these rules"
         )
     if not bool(jnp.isfinite(moments.second).all()):
         raise ValueError(f"{path!r} has inputs that are not finite: look for NaN in params and batches")
