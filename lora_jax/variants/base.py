@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.axes import Axis
+from lora_jax.axes import Axes, Axis
 from lora_jax.factored import Factored
 from lora_jax.network import Network
 from lora_jax.sites import Site
@@ -129,6 +130,23 @@ class Variant(abc.ABC):
     def names(self, site: Site) -> tuple[str, ...]:
         """The factors that a leaf at this site has of its own."""
         return tuple(name for name in self.labels() if name not in self.shared)
+
+    def axes(self, site: Site) -> dict[str, Axes]:
+        """The axes of each factor's dimensions, for those that are operands of `delta` as they are."""
+
+        def begun() -> Factors:
+            key = jax.random.key(0)
+            return {**self.pool(key, [site]), **self.initial(key, jnp.zeros(site.shape), site)[1]}
+
+        found: dict[str, Axes] = {}
+
+        def look(factors: Factors) -> None:
+            network = self.delta(factors, site)
+            for operand, axes in zip(network.operands, network.axes, strict=True):
+                found.update({name: axes for name, factor in factors.items() if factor is operand})
+
+        jax.eval_shape(lambda: look(begun()))
+        return found
 
     @property
     def shared_path(self) -> str:

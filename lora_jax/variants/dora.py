@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.axes import Axis, size_of
+from lora_jax.axes import Axes, Axis, size_of
 from lora_jax.contract import contract, wider
 from lora_jax.factored import Factored
 from lora_jax.matrices import to_matrices
@@ -70,6 +70,11 @@ class DoRA(LoRA):
         norms = jnp.sqrt(jnp.where(squares == 0, one, squares))
         scale = jnp.where(squares == 0, one, factors["magnitude"].astype(norms.dtype) / norms)
         return base.add(self.delta(factors, site)).times(scale, batch + outer)
+
+    def axes(self, site: Site) -> dict[str, Axes]:
+        """A's and B's, and the magnitude's, which are the weight's out axes."""
+        batch, _, outer = site.axes()
+        return {**super().axes(site), "magnitude": batch + outer}
 
     def labels(self) -> dict[str, str]:
         """Three labels, "A", "B" and "magnitude"."""
