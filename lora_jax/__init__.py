@@ -24,6 +24,7 @@ from lora_jax.materialize import materialize
 from lora_jax.network import Network
 from lora_jax.optim import fa_gradients, lora_plus, optimizer
 from lora_jax.order import Cost
+from lora_jax.sharding import match_partition_rules, partition_specs, shardings
 from lora_jax.sites import Site, Sites, sites
 from lora_jax.summary import Summary, summary
 from lora_jax.uses import Use
@@ -76,15 +77,18 @@ __all__ = [
     "loftq",
     "lora_ga",
     "lora_plus",
+    "match_partition_rules",
     "materialize",
     "merge",
     "negate",
     "optimizer",
+    "partition_specs",
     "relative_to",
     "resize",
     "rule",
     "save",
     "scale",
+    "shardings",
     "shared",
     "singular_values",
     "sites",

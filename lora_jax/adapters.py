@@ -17,6 +17,7 @@ from lora_jax.factored import Factored, is_factored
 from lora_jax.factors import Adapter, LoraParams, key_of, pools, together
 from lora_jax.materialize import materialize
 from lora_jax.network import Dropout
+from lora_jax.sharding import check_mesh, starter
 from lora_jax.sites import Site
 from lora_jax.variants.base import FROZEN, SHARED
 
@@ -37,7 +38,8 @@ def split(
 
     Returns:
       `(frozen, lora_params)`: a tree like `params`, and a dict from path to `Adapter`. A leaf stays frozen as it is,
-      unless its variant starts from a part of it: then base and factors add up to it (see `LoRA`'s `init`).
+      unless its variant starts from a part of it: then base and factors add up to it (see `LoRA`'s `init`). Where a
+      leaf lies on a mesh, its factors are made there, as `shardings` says.
 
     Raises:
       ValueError: A rule matches no leaf; a leaf is not of floating dtype, is not read by the function, or has no axes;
@@ -52,10 +54,10 @@ def split(
     leaves, treedef = tree.flatten(params, is_leaf=is_factored)
     _refuse_attached(leaves)
     arrays = {path: leaf for path, leaf in leaves.items() if tree.is_array(leaf)}
-    frozen, lora_params = dict(leaves), LoraParams()
+    frozen, lora_params, start = dict(leaves), LoraParams(), starter()
     for path, (variant, site) in choose(rules, arrays, sites).items():
         try:
-            frozen[path], factors = variant.initial(key_of(key, path), arrays[path], site)
+            frozen[path], factors = start(key_of(key, path), arrays[path], variant, site)
         except ValueError as error:
             raise ValueError(f"{path!r} {site.shape} as {variant.begun()}: {error}") from error
         if {*factors} != {*variant.names(site)}:
@@ -201,6 +203,7 @@ def _applied(leaves: Mapping[str, Any], lora_params: Mapping[str, Adapter], undo
                 f"{path!r}: the adapter was made for a leaf of shape {adapter.site.shape}, but the tree has {found} "
                 "there: split again for this model"
             )
+        check_mesh(path, leaf, adapter)
         applied[path] = applied_to(leaf, path, adapter, undo)
         if adapter.keys is not None:
             batch, _, _ = adapter.site.axes()

@@ -40,7 +40,7 @@ def _answers(rules: Rules, arrays: Mapping[str, Any], sites: Mapping[str, Site] 
     elif not isinstance(rules, Mapping):
         raise ValueError(f"rules are a mapping from pattern to variant, or a callable (path, site), not {rules!r}")
     else:
-        answers = {path: rules[pattern] for path, pattern in _first_matches(rules, arrays).items()}
+        answers = {path: rules[pattern] for path, pattern in first_matches(rules, arrays).items()}
     for path, answer in answers.items():
         if not isinstance(answer, Variant | Placed | None):
             raise ValueError(
@@ -49,7 +49,7 @@ def _answers(rules: Rules, arrays: Mapping[str, Any], sites: Mapping[str, Site] 
     return {path: answer for path, answer in answers.items() if answer is not None}
 
 
-def _first_matches(rules: Mapping[str, Any], paths: Iterable[str]) -> dict[str, str]:
+def first_matches(rules: Mapping[str, Any], paths: Iterable[str]) -> dict[str, str]:
     """The first pattern that matches each path whole; each pattern must be the first for some path."""
     first: dict[str, str] = {}
     for pattern in rules:

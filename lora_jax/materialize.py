@@ -9,12 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 
 from lora_jax.axes import Axes
 from lora_jax.contract import contract, reshape
 from lora_jax.factored import Factored
 from lora_jax.network import Network
 from lora_jax.order import Cost, letters, work
+from lora_jax.placement import on_mesh
 
 
 def materialize(value: Factored) -> jax.Array:
@@ -24,17 +26,18 @@ def materialize(value: Factored) -> jax.Array:
       value: A Factored value of any shape.
 
     Returns:
-      An array of `value.shape` and `value.dtype`.
+      An array of `value.shape` and `value.dtype`, which lies where the base does.
     """
-    return _formed(dataclasses.replace(value, paths=()))
+    return _formed(dataclasses.replace(value, paths=()), on_mesh(value.stand_in))
 
 
-@jax.jit
-def _formed(value: Factored) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=1)
+def _formed(value: Factored, sharding: NamedSharding | None) -> jax.Array:
     """Jitted, so that it is compiled once for all leaves of a form, and holds no temporary that it need not."""
     dtypes = {jnp.dtype("float32"), value.dtype, *(x.dtype for delta in value.deltas for x in delta.operands)}
     wide = max(dtypes, key=lambda dtype: dtype.itemsize) if value.deltas else value.dtype
-    return total(value, wide, lax.Precision.HIGHEST)
+    formed = total(value, wide, lax.Precision.HIGHEST)
+    return lax.with_sharding_constraint(formed, sharding) if sharding else formed
 
 
 def total(value: Factored, dtype: Any = None, precision: Any = None) -> jax.Array:

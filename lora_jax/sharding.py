@@ -1,112 +1,188 @@
-"""Shardings of factors, derived from those of the weights that they adapt."""
+"""Shardings of factors and of their optimizer state, derived from those of the weights that they adapt."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax import tree
-from lora_jax.axes import Axes, weight_axes
-from lora_jax.factors import Adapter, LoraParams, is_adapter
-from lora_jax.variants.base import SHARED
+from lora_jax.axes import weight_axes
+from lora_jax.choice import first_matches
+from lora_jax.factors import Adapter, is_adapter
+from lora_jax.placement import by_path, check_fits, is_spec, on_mesh, placement, spec_of
+from lora_jax.sites import Site
+from lora_jax.variants.base import SHARED, Factors, Variant
 
 
-def specs(lora_params: Mapping[str, Adapter], base: Any) -> LoraParams:
-    """How each factor is split over a mesh: along an axis of its leaf as the leaf is, along a rank not at all.
+def partition_specs(state: Any, base: Any) -> Any:
+    """How the arrays of a training state are split over a mesh: each factor along an axis of its leaf as the leaf is.
 
-    So A follows the in axes, B the out axes, and both the batch axes: stacked layers, experts.
+    So A follows the in axes, B the out axes, and both the batch axes: stacked layers, experts. A rank is never split,
+    nor an axis that a variant splits in two, as LoKr does. The moments that an optimizer keeps of a factor follow the
+    factor. What leaves share, as in VeRA, is whole everywhere; so is each array that belongs to no adapter, such as a
+    step count, unless it lies on a mesh already.
 
     Args:
-      lora_params: What trains, of arrays or of `jax.ShapeDtypeStruct`.
-      base: A tree like `params` of `PartitionSpec`, of `NamedSharding`, or of arrays that have one.
+      state: Any pytree with adapters in it, of arrays or of `jax.ShapeDtypeStruct`: `lora_params`, optimizer state, or
+        both and more.
+      base: A tree like `params` that says how each leaf is split: of `PartitionSpec`, of `NamedSharding`, of arrays (or
+        `jax.ShapeDtypeStruct`) that have one, or of Flax's boxes with axis names. Logical names give logical specs, for
+        `flax.linen.logical_to_mesh`.
 
     Returns:
-      Like `lora_params`, with a `PartitionSpec` for each factor. Factors that leaves share are whole everywhere.
+      A tree like `state`, with a `PartitionSpec` for each array.
 
     Raises:
-      ValueError: `base` has no leaf at a path, or a spec of more dimensions than the leaf has.
+      ValueError: `base` has nothing at the path of an adapter, or a spec of more dimensions than the leaf has.
 
     >>> import jax.numpy as jnp, lora_jax as lora
     >>> _, lora_params = lora.split(jax.random.key(0), {"w": jnp.ones((64, 32))}, {"w": lora.LoRA(rank=4)})
-    >>> specs(lora_params, {"w": PartitionSpec("fsdp", "tp")})["w"].factors
-    {'A': P('fsdp', None), 'B': P(None, 'tp')}
+    >>> specs = partition_specs(lora_params, {"w": PartitionSpec("fsdp", "tp")})
+    >>> [tuple(specs["w"].factors[name]) for name in ("A", "B")]
+    [('fsdp', None), (None, 'tp')]
     """
-    leaves, _ = tree.flatten(base, is_leaf=lambda x: x is None or isinstance(x, PartitionSpec))
-
-    def derived(path: str, adapter: Adapter) -> Adapter:
-        if adapter.site.kind == SHARED:
-            return dataclasses.replace(adapter, factors=dict.fromkeys(adapter.factors, PartitionSpec()))
-        if path not in leaves:
-            raise ValueError(f"base has no spec or array at {path!r}{tree.close_to(path, leaves)}")
-        spec = spec_of(leaves[path])
-        if len(spec) > len(adapter.site.shape):
-            raise ValueError(f"{path!r} has shape {adapter.site.shape}, and its {spec} is of more dimensions")
-        axes = adapter.variant.axes(adapter.site)
-        factors = {name: _along(axes.get(name, ()), adapter.site.shape, spec) for name in adapter.factors}
-        return dataclasses.replace(adapter, factors=factors, keys=None)
-
-    return {path: derived(path, adapter) for path, adapter in lora_params.items()}
+    return _placed(state, by_path(base), None)
 
 
-def shardings(lora_params: Mapping[str, Adapter], base: Any, mesh: Mesh | None = None) -> LoraParams:
-    """As `specs`, with a `NamedSharding` for each factor: for `jax.device_put`, `in_shardings` and `out_shardings`.
+def shardings(state: Any, base: Any, mesh: Mesh | None = None) -> Any:
+    """As `partition_specs`, with a `NamedSharding` for each array: for `device_put`, `in_shardings`, `out_shardings`.
+
+    Give them to a jitted step as its `out_shardings`: without, the compiler chooses how updated factors lie.
 
     Args:
-      lora_params: As in `specs`.
-      base: As in `specs`.
-      mesh: Whose axes the specs name; None for that of the base's arrays or shardings.
+      state: As in `partition_specs`.
+      base: As in `partition_specs`.
+      mesh: The mesh whose axes the specs name; None for that of `base`.
 
     Raises:
-      ValueError: As `specs`; and where there is no mesh, or more than one.
+      ValueError: As `partition_specs`; there is no mesh, or more than one; or an adapted leaf is split along an axis
+        that the mesh does not have or whose size does not divide the leaf's.
+
+    >>> import jax.numpy as jnp, lora_jax as lora
+    >>> mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    >>> params = {"w": jax.device_put(jnp.ones((64, 32)), NamedSharding(mesh, PartitionSpec("fsdp", "tp")))}
+    >>> frozen, lora_params = lora.split(jax.random.key(0), params, {"w": lora.LoRA(rank=4)})
+    >>> lora_params["w"].factors["A"].addressable_shards[0].data.shape
+    (16, 4)
+    >>> lora_params = jax.device_put(lora_params, shardings(lora_params, frozen))  # where split has put them already
     """
+    places = by_path(base)
     if mesh is None:
-        meshes = {x.mesh for leaf in jax.tree.leaves(base) if isinstance(x := sharding_of(leaf), NamedSharding)}
+        meshes = {place.mesh for place in places.values() if isinstance(place, NamedSharding)}
         if len(meshes) != 1:
-            raise ValueError(f"base lies on {len(meshes)} meshes, and factors on one: give mesh=")
+            raise ValueError(
+                f"base lies on {len(meshes)} meshes, and factors lie on one: give mesh=, or a base that lies on it"
+            )
         (mesh,) = meshes
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(lora_params, base), is_leaf=is_spec)
+    specs = _placed(state, places, mesh)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
 
 
-def state_shardings(state: Any, shardings: LoraParams) -> Any:
-    """The sharding of each array of a training state: of moments that of their factor, and whole for all others.
+def match_partition_rules(rules: Mapping[str, PartitionSpec], params: Any, mesh: Mesh | None = None) -> Any:
+    """Partition rules by path: for each leaf, the spec of the first regular expression that matches its whole path.
 
     Args:
-      state: Any tree with trees like `lora_params` in it, such as `jax.eval_shape(tx.init, lora_params)`.
-      shardings: What `shardings` made of `lora_params`.
-    """
-    (mesh, *_) = (leaf.mesh for leaf in jax.tree.leaves(shardings))
+      rules: From regular expression to `PartitionSpec`; `PartitionSpec()` leaves a leaf whole everywhere.
+      params: Any pytree of arrays, or of `jax.ShapeDtypeStruct`.
+      mesh: Where it is given, the result is of `NamedSharding`, and specs are checked against it.
 
-    def of(path: tuple[Any, ...], node: Any) -> Any:
+    Returns:
+      A tree like `params`, which `partition_specs` and `shardings` take as `base`.
+
+    Raises:
+      ValueError: A rule that no leaf has to itself; a leaf that no rule matches; a spec of more dimensions than its
+        leaf has, or of mesh axes that do not exist or do not divide.
+
+    >>> import jax.numpy as jnp
+    >>> rules = {".*/kernel": PartitionSpec("fsdp", "tp"), ".*": PartitionSpec()}
+    >>> specs = match_partition_rules(rules, {"dense": {"kernel": jnp.ones((64, 32)), "bias": jnp.ones(32)}})
+    >>> tuple(specs["dense"]["kernel"]), tuple(specs["dense"]["bias"])
+    (('fsdp', 'tp'), ())
+    """
+    leaves, treedef = tree.flatten(params)
+    matched = first_matches(rules, leaves)
+    if left := [path for path in leaves if path not in matched]:
+        raise ValueError(
+            f"no rule matches {left[0]!r}, nor {len(left) - 1} others: a last rule {{'.*': PartitionSpec()}} leaves "
+            "whole what no other rule splits"
+        )
+    specs = {path: rules[matched[path]] for path in leaves}
+    for path, spec in specs.items():
+        check_fits(path, leaves[path].shape, spec, mesh)
+    return tree.unflatten(treedef, {path: NamedSharding(mesh, spec) if mesh else spec for path, spec in specs.items()})
+
+
+def starter() -> Callable[[jax.Array, Any, Variant, Site], tuple[Any, Factors]]:
+    """`variant.initial` with the weight of a leaf: on a mesh each factor is made where it belongs, and whole nowhere.
+
+    One program for all leaves of a form; it does not return a weight that stays as it is, which thus is not copied.
+    """
+    programs: dict[Any, tuple[Variant, Any]] = {}
+
+    def start(key: jax.Array, leaf: Any, variant: Variant, site: Site) -> tuple[Any, Factors]:
+        sharding = on_mesh(leaf)
+        if sharding is None:
+            return variant.initial(key, leaf, site)
+        abstract = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else None
+
+        def initial(key: jax.Array, leaf: Any) -> tuple[Any, Factors]:
+            weight = leaf if abstract is None else abstract
+            frozen, factors = variant.initial(key, weight, site)
+            return (None if frozen is weight else frozen), factors
+
+        form = id(variant), site, sharding, abstract
+        if form not in programs:
+            specs = factor_specs(variant, site, sharding.spec)
+            placed = {name: NamedSharding(sharding.mesh, spec) for name, spec in specs.items()}
+            programs[form] = variant, jax.jit(initial, out_shardings=(sharding, placed))
+        frozen, factors = programs[form][1](key, None if abstract else leaf)
+        return (leaf if frozen is None else frozen), factors
+
+    return start
+
+
+def factor_specs(variant: Variant, site: Site, spec: PartitionSpec) -> dict[str, PartitionSpec]:
+    """The spec of each factor that a leaf has of its own, from the leaf's."""
+    entries = dict(zip((axis.name for axis in weight_axes(site.shape)), spec, strict=False))
+    axes = variant.axes(site)
+    return {
+        name: PartitionSpec(*(entries.get(axis.name) for axis in axes.get(name, ()))) for name in variant.names(site)
+    }
+
+
+def check_mesh(path: str, leaf: Any, adapter: Adapter) -> None:
+    """Raises ValueError where a leaf and its factors lie on different meshes; traced arrays are not looked at."""
+    own = on_mesh(leaf)
+    for name, factor in adapter.factors.items():
+        other = on_mesh(factor)
+        if own and other and (own.mesh.shape != other.mesh.shape or own.device_set != other.device_set):
+            raise ValueError(
+                f"{path!r} lies on a mesh of {dict(own.mesh.shape)}, and its factor {name} on another, of "
+                f"{dict(other.mesh.shape)}: move the adapter there with "
+                "jax.device_put(lora_params, lora.shardings(lora_params, frozen))"
+            )
+
+
+def _placed(state: Any, places: Mapping[str, Any], mesh: Mesh | None) -> Any:
+    def of(keys: tuple[Any, ...], node: Any) -> Any:
         if not is_adapter(node):
-            return NamedSharding(mesh, PartitionSpec())
-        own = shardings[path[-1].key].factors
-        held = {name: own[name] if tree.is_array(x) else x for name, x in node.factors.items()}
-        return dataclasses.replace(node, factors=held)
+            return spec_of(placement(node))
+        path, site = str(getattr(keys[-1], "key", keys[-1])), node.site
+        if site.kind == SHARED:
+            specs = dict.fromkeys(node.factors, PartitionSpec())
+        elif path in places:
+            spec = spec_of(places[path])
+            check_fits(path, site.shape, spec, mesh)
+            specs = factor_specs(node.variant, site, spec)
+        else:
+            hint = tree.close_to(path, places)
+            raise ValueError(f"base has no leaf at {path!r}, which is adapted: give it a tree like params{hint}")
+        # Of an optimizer's state some adapters lack factors, or hold a mask in their place.
+        factors = {name: specs[name] if tree.is_array(x) else x for name, x in node.factors.items()}
+        return dataclasses.replace(node, factors=factors, keys=None if node.keys is None else PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(of, state, is_leaf=is_adapter)
-
-
-def sharding_of(leaf: Any) -> Any:
-    """An array's sharding, or the sharding itself."""
-    return getattr(leaf, "sharding", leaf)
-
-
-def is_spec(leaf: Any) -> bool:
-    """Whether a leaf is a `PartitionSpec`."""
-    return isinstance(leaf, PartitionSpec)
-
-
-def spec_of(leaf: Any) -> PartitionSpec:
-    """The spec of a leaf of `base`; an array or a sharding without one is whole on its device."""
-    if isinstance(leaf, PartitionSpec):
-        return leaf
-    return getattr(sharding_of(leaf), "spec", PartitionSpec())
-
-
-def _along(axes: Axes, shape: tuple[int, ...], spec: PartitionSpec) -> PartitionSpec:
-    entries = dict(zip((axis.name for axis in weight_axes(shape)), spec, strict=False))
-    return PartitionSpec(*(entries.get(axis.name) for axis in axes))

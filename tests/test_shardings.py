@@ -14,7 +14,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
-from lora_jax.sharding import shardings, specs, state_shardings
 
 pytestmark = pytest.mark.standard_promotion
 
@@ -37,7 +36,7 @@ def test_factors_lie_along_the_axes_of_their_leaf(name):
     shapes = jax.eval_shape(
         lambda: lora.split(jax.random.key(0), jax.tree.map(jnp.zeros, STACKED, is_leaf=is_shape), {"w": placed})[1]
     )
-    assert specs(shapes, {"w": P("l", "f", "t")})["w"].factors == expected
+    assert lora.partition_specs(shapes, {"w": P("l", "f", "t")})["w"].factors == expected
 
 
 def is_shape(node):
@@ -69,8 +68,7 @@ def trained(frozen, lora_params, x, y):
     tx = lora.optimizer(optax.adam(1e-2))
     carried = None, None
     if isinstance(frozen["up"].sharding, NamedSharding):
-        own = shardings(lora_params, frozen)
-        carried = own, state_shardings(jax.eval_shape(tx.init, lora_params), own)
+        carried = lora.shardings((lora_params, jax.eval_shape(tx.init, lora_params)), frozen)
 
     @functools.partial(jax.jit, out_shardings=(*carried, None))
     def step(lora_params, state, frozen, x, y):
@@ -98,11 +96,11 @@ def test_training_on_a_mesh_is_training_on_one_device(name, variant):
     frozen, lora_params, expected = begun(variant)
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     frozen = {path: jax.device_put(x, NamedSharding(mesh, base[path])) for path, x in frozen.items()}
-    lora_params = jax.device_put(lora_params, shardings(lora_params, frozen))
+    lora_params = jax.device_put(lora_params, lora.shardings(lora_params, frozen))
     x, y = (jax.device_put(array, NamedSharding(mesh, batch)) for array in (X, Y))
     losses, after, state = trained(frozen, lora_params, x, y)
     assert max(abs(losses - expected)) < 1e-5
     assert expected[-1] < 0.9 * expected[0]
-    wanted = shardings(lora_params, frozen)
+    wanted = lora.shardings(lora_params, frozen)
     same = jax.tree.map(lambda a, s: a.sharding.is_equivalent_to(s, a.ndim), after, wanted)
     assert all(jax.tree.leaves(same))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from lora_jax.axes import Axes, Axis
 from lora_jax.factored import Factored, is_factored
 from lora_jax.interpreter import Interpreter, rule
 from lora_jax.network import Network
+from lora_jax.placement import is_spec, ways
 
 
 def shards_of(weight: Factored, spec: PartitionSpec, mesh: Any) -> dict[Axis, Any] | None:
@@ -34,12 +34,6 @@ def shards_of(weight: Factored, spec: PartitionSpec, mesh: Any) -> dict[Axis, An
         if entry is not None and group:
             shards[group[0]] = entry
     return shards
-
-
-def ways(entry: Any, mesh: Any) -> int:
-    """How many parts an entry of a PartitionSpec makes."""
-    names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-    return math.prod(mesh.shape[name] for name in names)
 
 
 def spec_of(axes: Axes, shards: dict[Axis, Any]) -> PartitionSpec:
@@ -84,7 +78,7 @@ def shard_map(interpreter: Interpreter, eqn: Any, *operands: Any) -> Any:
 
         arrays += jax.tree.leaves(x)
         tree: Any = x.map(lambda _, axes, shards=shards: (spec_of(axes, shards), axes))  # pyright: ignore
-        specs += jax.tree.leaves(tree, is_leaf=_is_spec)
+        specs += jax.tree.leaves(tree, is_leaf=is_spec)
         locals_.append(jax.tree.structure(x.relabel(local)))
 
     def body(*arrays: jax.Array) -> tuple[Any, ...]:
@@ -100,10 +94,6 @@ def shard_map(interpreter: Interpreter, eqn: Any, *operands: Any) -> Any:
         axis_names=eqn.params["newly_manual_axes"],
         check_vma=eqn.params["check_vma"],
     )(*arrays)
-
-
-def _is_spec(x: Any) -> bool:
-    return isinstance(x, PartitionSpec)
 
 
 @rule("pvary")
