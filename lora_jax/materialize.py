@@ -16,19 +16,19 @@ from lora_jax.contract import contract, reshape
 from lora_jax.factored import Factored
 from lora_jax.network import Network
 from lora_jax.order import Cost, letters, work
-from lora_jax.placement import on_mesh
 
 
-def materialize(value: Factored) -> jax.Array:
+def materialize(value: Factored, sharding: NamedSharding | None = None) -> jax.Array:
     """The whole weight W + ΔW, formed in the wider of the base's and the factors' dtypes and rounded once.
 
     Args:
       value: A Factored value of any shape.
+      sharding: Where the result is to lie on a mesh; None for where the compiler puts it.
 
     Returns:
-      An array of `value.shape` and `value.dtype`, which lies where the base does.
+      An array of `value.shape` and `value.dtype`.
     """
-    return _formed(dataclasses.replace(value, paths=()), on_mesh(value.stand_in))
+    return _formed(dataclasses.replace(value, paths=()), sharding)
 
 
 @functools.partial(jax.jit, static_argnums=1)

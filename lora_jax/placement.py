@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import jax
+import jax.core
 from flax.core import meta
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -14,8 +15,8 @@ from lora_jax import tree
 
 def by_path(base: Any) -> dict[str, Any]:
     """The placement of each leaf of a tree; a box of Flax's has it at its own path and at that of the array in it."""
-    leaves, _ = tree.flatten(base, is_leaf=lambda x: x is None or isinstance(x, PartitionSpec | meta.AxisMetadata))
-    inside = {f"{path}/value": leaf for path, leaf in leaves.items() if isinstance(leaf, meta.AxisMetadata)}
+    leaves, _ = tree.flatten(base, is_leaf=lambda x: x is None or isinstance(x, PartitionSpec | meta.Partitioned))
+    inside = {f"{path}/value": leaf for path, leaf in leaves.items() if isinstance(leaf, meta.Partitioned)}
     return {path: placement(leaf) for path, leaf in {**leaves, **inside}.items()}
 
 
@@ -24,9 +25,8 @@ def placement(leaf: Any) -> Any:
 
     None for an array that is traced or has none yet.
     """
-    if isinstance(leaf, meta.AxisMetadata):
-        inner = placement(leaf.unbox(apply_constraint=False))
-        return inner if isinstance(inner, NamedSharding) else leaf.get_partition_spec()
+    if isinstance(leaf, meta.Partitioned):
+        return on_mesh(leaf.value) or leaf.get_partition_spec()
     if isinstance(leaf, jax.sharding.Sharding | PartitionSpec):
         return leaf
     return None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)

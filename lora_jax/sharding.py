@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax import tree
 from lora_jax.axes import weight_axes
@@ -48,7 +49,7 @@ def partition_specs(state: Any, base: Any) -> Any:
     return _placed(state, by_path(base), None)
 
 
-def shardings(state: Any, base: Any, mesh: Mesh | None = None) -> Any:
+def shardings(state: Any, base: Any, mesh: Mesh | AbstractMesh | None = None) -> Any:
     """As `partition_specs`, with a `NamedSharding` for each array: for `device_put`, `in_shardings`, `out_shardings`.
 
     Give them to a jitted step as its `out_shardings`: without, the compiler chooses how updated factors lie.
@@ -77,12 +78,14 @@ def shardings(state: Any, base: Any, mesh: Mesh | None = None) -> Any:
             raise ValueError(
                 f"base lies on {len(meshes)} meshes, and factors lie on one: give mesh=, or a base that lies on it"
             )
-        (mesh,) = meshes
+        mesh = meshes.pop()
     specs = _placed(state, places, mesh)
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
+    return jax.tree.map(functools.partial(NamedSharding, mesh), specs, is_leaf=is_spec)
 
 
-def match_partition_rules(rules: Mapping[str, PartitionSpec], params: Any, mesh: Mesh | None = None) -> Any:
+def match_partition_rules(
+    rules: Mapping[str, PartitionSpec], params: Any, mesh: Mesh | AbstractMesh | None = None
+) -> Any:
     """Partition rules by path: for each leaf, the spec of the first regular expression that matches its whole path.
 
     Args:
@@ -167,7 +170,7 @@ def check_mesh(path: str, leaf: Any, adapter: Adapter) -> None:
             )
 
 
-def _placed(state: Any, places: Mapping[str, Any], mesh: Mesh | None) -> Any:
+def _placed(state: Any, places: Mapping[str, Any], mesh: Mesh | AbstractMesh | None) -> Any:
     def of(keys: tuple[Any, ...], node: Any) -> Any:
         if not is_adapter(node):
             return spec_of(placement(node))
