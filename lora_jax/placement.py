@@ -14,10 +14,9 @@ from lora_jax import tree
 
 
 def by_path(base: Any) -> dict[str, Any]:
-    """The placement of each leaf of a tree; a box of Flax's has it at its own path and at that of the array in it."""
+    """The placement of each leaf of a tree; a box of Flax's counts as a leaf."""
     leaves, _ = tree.flatten(base, is_leaf=lambda x: x is None or isinstance(x, PartitionSpec | meta.Partitioned))
-    inside = {f"{path}/value": leaf for path, leaf in leaves.items() if isinstance(leaf, meta.Partitioned)}
-    return {path: placement(leaf) for path, leaf in {**leaves, **inside}.items()}
+    return {path: placement(leaf) for path, leaf in leaves.items()}
 
 
 def placement(leaf: Any) -> Any:
@@ -62,7 +61,8 @@ def check_fits(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Any
             continue
         if absent := [name for name in _names(entry) if name not in mesh.shape]:
             raise ValueError(
-                f"{path!r} {shape}: {spec} names {absent[0]!r}, and the mesh has the axes {dict(mesh.shape)}"
+                f"{path!r} {shape}: {spec} names {absent[0]!r}, and the mesh has the axes {dict(mesh.shape)}: give "
+                "specs in its axes (flax.linen.logical_to_mesh translates logical names)"
             )
         if shape[d] % ways(entry, mesh):
             raise ValueError(

@@ -175,10 +175,11 @@ def _placed(state: Any, places: Mapping[str, Any], mesh: Mesh | AbstractMesh | N
         if not is_adapter(node):
             return spec_of(placement(node))
         path, site = str(getattr(keys[-1], "key", keys[-1])), node.site
+        unboxed = path.removesuffix("/value")  # where a spec is that Flax took out of a box
         if site.kind == SHARED:
             specs = dict.fromkeys(node.factors, PartitionSpec())
-        elif path in places:
-            spec = spec_of(places[path])
+        elif path in places or unboxed in places:
+            spec = spec_of(places.get(path, places.get(unboxed)))
             check_fits(path, site.shape, spec, mesh)
             specs = factor_specs(node.variant, site, spec)
         else:
