@@ -29,7 +29,8 @@ def materialize(value: Factored, sharding: NamedSharding | None = None) -> jax.A
     Returns:
       An array of `value.shape` and `value.dtype`.
     """
-    return _forming(sharding)(dataclasses.replace(value, paths=()))
+    formed = _forming(sharding)(dataclasses.replace(value, paths=()))
+    return jax.block_until_ready(formed) if sharding else formed
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax import tree
-from lora_jax.axes import weight_axes
+from lora_jax.axes import Axes, weight_axes
 from lora_jax.choice import first_matches
 from lora_jax.factors import Adapter, is_adapter
 from lora_jax.placement import by_path, check_fits, is_spec, on_mesh, placement, spec_of
@@ -142,7 +142,8 @@ def starter() -> Callable[[jax.Array, Any, Variant, Site], tuple[Any, Factors]]:
             specs = factor_specs(variant, site, sharding.spec)
             placed = {name: NamedSharding(sharding.mesh, spec) for name, spec in specs.items()}
             programs[form] = variant, jax.jit(initial, out_shardings=(sharding, placed))
-        frozen, factors = programs[form][1](key, None if abstract else leaf)
+        # One after the other: XLA's CPU devices share threads, and independent programs may wait for each other.
+        frozen, factors = jax.block_until_ready(programs[form][1](key, None if abstract else leaf))
         return (leaf if frozen is None else frozen), factors
 
     return start
@@ -151,10 +152,16 @@ def starter() -> Callable[[jax.Array, Any, Variant, Site], tuple[Any, Factors]]:
 def factor_specs(variant: Variant, site: Site, spec: PartitionSpec) -> dict[str, PartitionSpec]:
     """The spec of each factor that a leaf has of its own, from the leaf's."""
     entries = dict(zip((axis.name for axis in weight_axes(site.shape)), spec, strict=False))
-    axes = variant.axes(site)
+    axes = _axes(variant.begun(), site)
     return {
         name: PartitionSpec(*(entries.get(axis.name) for axis in axes.get(name, ()))) for name in variant.names(site)
     }
+
+
+@functools.lru_cache(maxsize=4096)
+def _axes(variant: Variant, site: Site) -> dict[str, Axes]:
+    """Kept, since a state has each factor several times, and a model many of one form."""
+    return variant.axes(site)
 
 
 def check_mesh(path: str, leaf: Any, adapter: Adapter) -> None:

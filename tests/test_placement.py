@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -41,6 +43,13 @@ def test_on_a_mesh_it_begins_as_on_one_device(name):
     merged = lora.merge(frozen, lora_params)
     lie(merged, {path: leaf.sharding for path, leaf in PLACED.items()})
     assert error(merged, lora.merge(expected[0], randomized(expected[1]))) < 1e-6
+
+
+def test_how_factors_began_makes_no_difference():
+    """As that of a file: the name says that more was needed than the weight."""
+    _, lora_params = lora.split(jax.random.key(0), PARAMS, {"kernel": lora.LoRA(2)})
+    loaded = dataclasses.replace(lora_params["kernel"], variant=lora.LoRA(2, init="eva"))
+    assert spec(lora.partition_specs({"kernel": loaded}, SPECS)) == ("f", None)
 
 
 def lie(arrays, shardings):
