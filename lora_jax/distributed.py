@@ -40,13 +40,14 @@ def initialize(environment: Mapping[str, str] = os.environ) -> None:
             f"{' and '.join(given)} set, but not {' and '.join(missing)}: set {', '.join(NAMES)} for each process, or "
             "none of them to run as one process"
         )
-    address, *numbers = (given.get(name) for name in NAMES)
+    address, numbers = given.get(NAMES[0]), [given.get(name) for name in NAMES[1:]]
     if address and not address.rpartition(":")[2].isdecimal():
         raise ValueError(f"{NAMES[0]}={address} has no port: give host:port, such as localhost:1234")
     for name, number in zip(NAMES[1:], numbers, strict=True):
         if number and not number.isdecimal():
             raise ValueError(f"{name}={number} is no whole number")
-    jax.distributed.initialize(address, *(None if number is None else int(number) for number in numbers))
+    count, process = (int(number) if number else None for number in numbers)
+    jax.distributed.initialize(address, count, process)
 
 
 def _launched(environment: Mapping[str, str]) -> bool:
