@@ -29,6 +29,10 @@ examples:
   lora-jax demo --model ~/bert-base     a BERT of yours
   lora-jax demo --model hf://google-bert/bert-base-uncased
                                         one that is downloaded
+
+It uses all devices of the machine, and of several machines when started on each
+of them, by srun, mpirun or with JAX_COORDINATOR_ADDRESS=host:port,
+JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment.
 """
 
 
