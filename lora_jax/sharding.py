@@ -137,7 +137,9 @@ def starter() -> Callable[[jax.Array, Any, Variant, Site], tuple[Any, Factors]]:
             frozen, factors = variant.initial(key, weight, site)
             return (None if frozen is weight else frozen), factors
 
-        form = id(variant), site, sharding, abstract
+        # Rules may make a variant anew for each leaf, and what says how factors begin may be an object or a function.
+        own = (v if isinstance(v, str | float | int) else id(v) for v in vars(variant).values())
+        form = type(variant), *own, site, sharding, abstract
         if form not in programs:
             specs = factor_specs(variant, site, sharding.spec)
             placed = {name: NamedSharding(sharding.mesh, spec) for name, spec in specs.items()}
