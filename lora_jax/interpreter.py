@@ -18,6 +18,7 @@ import numpy as np
 
 from lora_jax import compat
 from lora_jax.axes import Axis
+from lora_jax.explicit import formed, under_automatic_axes
 from lora_jax.factored import Factored, is_factored
 from lora_jax.materialize import cost_of, materialize, total
 from lora_jax.order import Cost
@@ -27,21 +28,25 @@ from lora_jax.uses import Use, dimensions
 Rule = Callable[..., Any]
 
 RULES: dict[str, Rule] = {}
+# The rules whose arrays keep the user's types: they interpret a body of the user's, or say how arrays are sharded.
+TYPED: set[str] = set()
 
 
 class MaterializeError(TypeError):
     """A primitive needs the whole matrix W + ΔW, which `lift` forms only where it is allowed to."""
 
 
-def rule(*primitives: str) -> Callable[[Rule], Rule]:
+def rule(*primitives: str, typed: bool = False) -> Callable[[Rule], Rule]:
     """Registers `rule(interpreter, eqn, *operands)` for these primitives.
 
     At least one operand is Factored. The rule returns the equation's result (a list of them where the primitive has
-    several), or NotImplemented where the factors cannot be kept apart.
+    several), or NotImplemented where the factors cannot be kept apart. Where mesh axes are explicit it computes under
+    automatic ones (see `explicit`), unless it is `typed`: then it keeps the types of the user's arrays itself.
     """
 
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(primitives, function))
+        TYPED.update(primitives if typed else ())
         return function
 
     return register
@@ -103,14 +108,36 @@ class Interpreter:
             return results
         outer, self.around = self.around, (*self.around, eqn)
         try:
-            out = RULES.get(eqn.primitive.name, _no_rule)(self, eqn, *operands)
+            results = self._ruled(eqn, operands)
         finally:
             self.around = outer
-        if out is not NotImplemented:
+        if results is not NotImplemented:
+            return results
+        return compat.bind(eqn, [self.form(x, eqn) if is_factored(x) else x for x in operands])
+
+    def _ruled(self, eqn: Any, operands: list[Any]) -> Any:
+        """What the rule of an equation makes of it, as a list."""
+        name = eqn.primitive.name
+
+        def ruled(eqn: Any, operands: list[Any]) -> Any:
+            out = RULES.get(name, _no_rule)(self, eqn, *operands)
+            if out is NotImplemented:
+                return out
             results = out if eqn.primitive.multiple_results else [out]
             before = next(filter(is_factored, operands))
             return [self.settled(y, before, eqn) if is_factored(y) else y for y in results]
-        return compat.bind(eqn, [self.form(x, eqn) if is_factored(x) else x for x in operands])
+
+        def automatic(operands: list[Any], small: list[Any]) -> Any:
+            for x, (_, positions, _), before in zip(operands, spread, small, strict=True):
+                if positions is not None:
+                    self.spread[id(x)] = x, positions, before
+            return ruled(compat.without_shardings(eqn), operands)
+
+        if name in TYPED or compat.explicit_mesh(operands) is None:
+            return ruled(eqn, operands)
+        spread = [self.spread.get(id(x), (None, None, None)) for x in operands]
+        types = [v.aval.sharding for v in eqn.outvars]
+        return under_automatic_axes(automatic, operands, [small for *_, small in spread], out=types)
 
     def call(self, eqn: Any, transform: Callable[[Any], Any], settings: Any, *operands: Any) -> list[Any]:
         """The results of `transform` of an equation's body, which is traced once for all leaves of the same form.
@@ -205,7 +232,7 @@ class Interpreter:
             self.record(value, eqn, "embedding", [axis for axis in before.axes if axis not in value.axes], value.axes)
         else:
             self.record(value, eqn, "vector")
-        return total(value)
+        return formed(total, value)
 
     def form(self, value: Factored, eqn: Any) -> jax.Array:
         """The whole matrix, for an equation that cannot do without it; or a vector, which is no more than its factors.

@@ -14,6 +14,7 @@ import jax
 import jax.core
 
 from lora_jax import compat
+from lora_jax.explicit import stand_in
 from lora_jax.factored import Factored, is_factored
 from lora_jax.interpreter import Interpreter
 from lora_jax.strategy import Strategy, planned
@@ -152,7 +153,7 @@ def _trace(fun: Any, leaves: list[Any], treedef: Any, weights: dict[int, Factore
         returned[:] = [out_tree, traced, [None if t else leaf for leaf, t in zip(out, traced, strict=True)]]
         return [leaf for leaf, t in zip(out, traced, strict=True) if t]
 
-    jaxpr = compat.trace(flat, *(weight.stand_in for weight in weights.values()))
+    jaxpr = compat.trace(flat, *map(stand_in, weights.values()))
     out_tree, traced, static = returned
 
     def rebuild(results: list[Any]) -> Any:
