@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import numpy as np
@@ -30,6 +31,8 @@ EP, EP_TP = {"data": 2, "expert": 4}, {"data": 2, "expert": 2, "tp": 2}
 SP, SP_TP = {"data": 2, "sequence": 4}, {"sequence": 4, "tp": 2}
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 
+TX = lora.optimizer(optax.adam(1e-2))
+
 # model, mesh, variant, kind of axes
 CASES = [
     ("mlp", DP, "LoRA", AUTO),
@@ -54,18 +57,17 @@ CASES = [
 ]
 
 
-def step_of(gradients):
-    """20 steps of training as one program, from `gradients(lora_params, frozen, batch)`; losses and what they end in."""
-    tx = lora.optimizer(optax.adam(1e-2))
+def steps_of(gradients):
+    """20 steps of training as one program, from `gradients(lora_params, frozen, batch)`: what they end in, and losses."""
 
     def step(frozen, batch, carried, _):
         lora_params, state = carried
         value, grads = gradients(lora_params, frozen, batch)
-        updates, state = tx.update(grads, state)
+        updates, state = TX.update(grads, state)
         return (optax.apply_updates(lora_params, updates), state), value
 
     def steps(lora_params, frozen, batch):
-        begin = lora_params, tx.init(lora_params)
+        begin = lora_params, TX.init(lora_params)
         return lax.scan(functools.partial(step, frozen, batch), begin, length=20)
 
     return steps
@@ -85,7 +87,7 @@ def on_one_device(name, variant):
     sites = lora.sites(model.loss, model.params, *model.batch)
     rules = {".*": VARIANTS[variant]} if variant == "Full" else all_adaptable(VARIANTS[variant])
     frozen, lora_params = lora.split(jax.random.key(0), model.params, rules, sites=sites)
-    _, losses = jax.jit(step_of(plainly(model.loss)))(lora_params, frozen, model.batch)
+    _, losses = jax.jit(steps_of(plainly(model.loss)))(lora_params, frozen, model.batch)
     assert losses[-1] < 0.9 * losses[0]
     return frozen, lora_params, losses
 
@@ -95,25 +97,47 @@ def label(case):
     return f"{name}-{'x'.join(f'{axis}{n}' for axis, n in sizes.items())}-{variant}-{kind.name}"
 
 
-@pytest.mark.parametrize("case", CASES, ids=label)
-def test_under_jit(case):
+def laid(case):
+    """What is trained on a mesh, from where one device starts; and how what comes out is to lie."""
     name, sizes, variant, kind = case
     model = MODELS[name]
-    frozen, lora_params, expected = on_one_device(name.removesuffix(" by hand"), variant)
+    frozen, lora_params, _ = on_one_device(name.removesuffix(" by hand"), variant)
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(kind,) * len(sizes))
+    lies = jax.tree.map(lambda spec: NamedSharding(mesh, within(spec, mesh)), model.specs, is_leaf=is_spec)
+    frozen = jax.device_put(frozen, lies)
+    lora_params = jax.device_put(lora_params, lora.shardings(lora_params, frozen))
+    batch = jax.device_put(model.batch, NamedSharding(mesh, within(model.batch_spec, mesh)))
+    state = jax.eval_shape(TX.init, lora_params)
+    return mesh, (lora_params, frozen, batch), lora.shardings((lora_params, state), frozen)
+
+
+def is_spec(x):
+    return isinstance(x, P)
+
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_under_jit(case):
+    name, _, variant, kind = case
+    *_, expected = on_one_device(name.removesuffix(" by hand"), variant)
+    mesh, args, wanted = laid(case)
+    # What comes out lies as what goes in: by its type, or because the compiler is told.
+    told = (wanted, None) if kind is AUTO else None
     with jax.set_mesh(mesh):
-        lies = jax.tree.map(lambda x, spec: NamedSharding(mesh, within(spec, mesh)), model.params, model.specs)
-        frozen = jax.device_put(frozen, lies)
-        lora_params = jax.device_put(lora_params, lora.shardings(lora_params, frozen))
-        batch = jax.device_put(model.batch, NamedSharding(mesh, within(model.batch_spec, mesh)))
-        tx = lora.optimizer(optax.adam(1e-2))
-        wanted = lora.shardings((lora_params, jax.eval_shape(tx.init, lora_params)), frozen)
-        # What comes out lies as what goes in: by its type, or because the compiler is told.
-        told = (wanted, None) if kind is AUTO else None
-        trained, losses = jax.jit(step_of(plainly(model.loss)), out_shardings=told)(lora_params, frozen, batch)
+        trained, losses = jax.jit(steps_of(plainly(MODELS[name].loss)), out_shardings=told)(*args)
     assert max(abs(np.asarray(losses) - expected)) < 1e-5
     same = jax.tree.map(lambda x, sharding: x.sharding.is_equivalent_to(sharding, x.ndim), trained, wanted)
     assert all(jax.tree.leaves(same))
+
+
+def test_explicit_axes_move_what_automatic_ones_do():
+    moved = []
+    for kind in (AUTO, EXPLICIT):
+        mesh, args, (own, _) = laid(("mlp", FSDP_TP, "LoRA", kind))
+        gradients = jax.jit(plainly(MODELS["mlp"].loss), out_shardings=(None, own) if kind is AUTO else None)
+        with jax.set_mesh(mesh):
+            text = gradients.lower(*args).compile().as_text()
+        moved.append(sorted(re.findall(r"= (.*(?:all-reduce|all-gather|reduce-scatter|permute|all-to-all))\(", text)))
+    assert moved[0] == moved[1] != []
 
 
 def averaged(loss):
@@ -135,7 +159,7 @@ def test_under_pmap(variant):
     frozen, lora_params, expected = on_one_device("mlp", variant)
     model = MODELS["mlp"]
     batch = [x.reshape(8, -1, *x.shape[1:]) for x in model.batch]
-    _, losses = jax.pmap(step_of(averaged(model.loss)), "data", in_axes=(None, None, 0))(lora_params, frozen, batch)
+    _, losses = jax.pmap(steps_of(averaged(model.loss)), "data", in_axes=(None, None, 0))(lora_params, frozen, batch)
     assert np.max(abs(np.asarray(losses) - expected)) < 1e-5
 
 
@@ -147,5 +171,5 @@ def test_under_shard_map(name, variant, how):
     specs = P(), P(), P("data")
     check = how is of_the_average  # where JAX checks what varies, it sums the gradients of what does not by itself
     gradients = jax.shard_map(how(model.loss), mesh=mesh, in_specs=specs, out_specs=P(), check_vma=check)
-    _, losses = jax.jit(step_of(gradients))(lora_params, frozen, model.batch)
+    _, losses = jax.jit(steps_of(gradients))(lora_params, frozen, model.batch)
     assert max(abs(np.asarray(losses) - expected)) < 1e-5
