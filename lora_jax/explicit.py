@@ -26,8 +26,8 @@ def under_automatic_axes(fun: Callable[..., Any], *operands: Any, out: Any) -> A
     Args:
       fun: Any function.
       *operands: Any pytrees.
-      out: How what `fun` returns is sharded, if it is not None: like its result, a `NamedSharding` for each array and for
-        each Factored value.
+      out: How what `fun` returns is to be sharded, if it is not None: like its result, a `NamedSharding` for each array
+        and for each Factored value.
     """
     mesh = compat.explicit_mesh(operands)
     if mesh is None:
@@ -43,7 +43,7 @@ def _moved(array: Any, mesh: Any) -> Any:
 
 
 def typed(value: Any, sharding: Any) -> Any:
-    """An array or a Factored value with the type of that sharding, which operands have along the axes that they share."""
+    """An array or a Factored value with the type of that sharding, as operands have it along the axes they share."""
     if value is None or not isinstance(sharding, NamedSharding):
         return value
     if not is_factored(value):
@@ -61,9 +61,9 @@ def explicit_sharding(array: Any) -> NamedSharding | None:
     return None if compat.explicit_mesh(array) is None else jax.typeof(array).sharding
 
 
-def formed(form: Callable[[Factored], jax.Array], value: Factored) -> jax.Array:
-    """A value as an array, as `form` makes it, sharded as its operands are."""
-    return under_automatic_axes(form, value, out=own_sharding(value))
+def sharded_alike(fun: Callable[..., Any], value: Factored, *others: Any) -> Any:
+    """`fun(value, *others)`, computed under automatic axes, which is then sharded as the value is."""
+    return under_automatic_axes(fun, value, *others, out=own_sharding(value))
 
 
 def own_sharding(value: Factored) -> NamedSharding | None:

@@ -46,7 +46,8 @@ def lift(
     keyword, may hold Factored leaves; all others (arrays, strings, flags, None, callables) reach the function as they
     are, and what it does with arrays is traced, as under `jax.jit`. Without any Factored leaf the function is called as
     it is. Works bare and as a decorator, under and over `jax.jit`, `jax.grad`, `jax.vmap`, `jax.checkpoint` and their
-    kin. A call traces the function: put it under `jax.jit`, as one would any other.
+    kin, and on any mesh: where its axes are explicit, results are sharded as the function says. A call traces the
+    function: put it under `jax.jit`, as one would any other.
 
     Args:
       fun: A function of any pytrees, that returns any pytree.

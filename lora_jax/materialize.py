@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 
 from lora_jax.axes import Axes
 from lora_jax.contract import contract, reshape
-from lora_jax.explicit import formed
+from lora_jax.explicit import sharded_alike
 from lora_jax.factored import Factored
 from lora_jax.network import Network
 from lora_jax.order import Cost, letters, work
@@ -41,7 +41,7 @@ def _forming(sharding: NamedSharding | None) -> Callable[[Factored], jax.Array]:
     def array(value: Factored) -> jax.Array:
         dtypes = {jnp.dtype("float32"), value.dtype, *(x.dtype for delta in value.deltas for x in delta.operands)}
         wide = max(dtypes, key=lambda dtype: dtype.itemsize) if value.deltas else value.dtype
-        return formed(lambda value: total(value, wide, lax.Precision.HIGHEST), value)
+        return sharded_alike(lambda value: total(value, wide, lax.Precision.HIGHEST), value)
 
     return jax.jit(array, out_shardings=sharding)
 

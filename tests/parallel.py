@@ -123,7 +123,9 @@ def of_nnx() -> Model:
     graph, state = nnx.split(nnx.eval_shape(lambda: Nnx(nnx.Rngs(0))))
 
     def filled(leaves: Any) -> Any:
-        return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(leaves, is_leaf=lambda x: isinstance(x, P)))
+        return jax.tree.unflatten(
+            jax.tree.structure(state), jax.tree.leaves(leaves, is_leaf=lambda x: isinstance(x, P))
+        )
 
     return Model(
         lambda params, x, y: distance(nnx.merge(graph, params)(x), y), filled(DENSE), filled(DENSE_SPECS), ROWS_OF_D
@@ -194,6 +196,10 @@ MODELS = {
         functools.partial(attention, attend=attend), ATTENTION, ATTENTION_SPECS, SEQUENCES, P("data", "sequence")
     ),
     "attention by hand": Model(
-        functools.partial(attention, attend=attend_by_hand), ATTENTION, ATTENTION_SPECS, SEQUENCES, P("data", "sequence")
+        functools.partial(attention, attend=attend_by_hand),
+        ATTENTION,
+        ATTENTION_SPECS,
+        SEQUENCES,
+        P("data", "sequence"),
     ),
 }

@@ -144,7 +144,9 @@ def test_weights_stay_where_they_are(variant):
     merged, attached = lora.merge(frozen, lora_params), lora.attach(frozen, lora_params)
     assert types(merged) == types(frozen) == types(params)
     placed = jax.tree.leaves(lora.shardings(lora_params, frozen))
-    assert all(a.sharding.is_equivalent_to(s, a.ndim) for a, s in zip(jax.tree.leaves(lora_params), placed, strict=True))
+    assert all(
+        a.sharding.is_equivalent_to(s, a.ndim) for a, s in zip(jax.tree.leaves(lora_params), placed, strict=True)
+    )
     with jax.set_mesh(MESH):
         assert error(lora.lift(fun)(attached, x), fun(merged, x)) < 1e-5
         assert types(jax.eval_shape(split, params)) == types((frozen, lora_params))

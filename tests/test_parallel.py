@@ -58,7 +58,7 @@ CASES = [
 
 
 def steps_of(gradients):
-    """20 steps of training as one program, from `gradients(lora_params, frozen, batch)`: what they end in, and losses."""
+    """20 steps as one program, from `gradients(lora_params, frozen, batch)`: what they end in, and the losses."""
 
     def step(frozen, batch, carried, _):
         lora_params, state = carried
@@ -154,10 +154,10 @@ def of_the_average(loss):
     return plainly(lambda *args: lax.pmean(loss(*args), "data"))
 
 
-@pytest.mark.parametrize("variant", ["LoRA", "Full"])
-def test_under_pmap(variant):
-    frozen, lora_params, expected = on_one_device("mlp", variant)
-    model = MODELS["mlp"]
+@pytest.mark.parametrize("name, variant", [("mlp", "LoRA"), ("linen", "Full")])
+def test_under_pmap(name, variant):
+    frozen, lora_params, expected = on_one_device(name, variant)
+    model = MODELS[name]
     batch = [x.reshape(8, -1, *x.shape[1:]) for x in model.batch]
     _, losses = jax.pmap(steps_of(averaged(model.loss)), "data", in_axes=(None, None, 0))(lora_params, frozen, batch)
     assert np.max(abs(np.asarray(losses) - expected)) < 1e-5

@@ -16,11 +16,11 @@ from jax import lax
 
 from lora_jax import compat, joint
 from lora_jax.axes import Axes, Axis
-from lora_jax.explicit import own_sharding, typed, under_automatic_axes
+from lora_jax.explicit import own_sharding, sharded_alike, under_automatic_axes
 from lora_jax.factored import Factored, is_factored
 from lora_jax.interpreter import Interpreter, rule
 from lora_jax.network import Network
-from lora_jax.rules.sharding import constrained
+from lora_jax.rules.sharding import constrained, imposed
 
 
 @rule("jit", "pjit", typed=True)
@@ -89,10 +89,9 @@ def _weights_of(interpreter: Interpreter, index: Any, branches: Any, operands: A
     for i, ys in zip([i for i, yes in enumerate(wanted) if yes], _t(found), strict=True):
         first = next(filter(is_factored, ys))
         cases = [y if is_factored(y) else first for y in ys]
-        value = first
-        if any(y is not first for y in cases):
-            row, sharding = which.reshape((1,) * first.ndim), own_sharding(first)
-            value = under_automatic_axes(joint.choose, row, cases, out=sharding)
+        row, sharding = which.reshape((1,) * first.ndim), own_sharding(first)
+        differ = any(y is not first for y in cases)
+        value = under_automatic_axes(joint.choose, row, cases, out=sharding) if differ else first
         weights.update({} if value is None else {i: value})
     return weights
 
@@ -165,7 +164,7 @@ def _fixed(interpreter: Interpreter, eqn: Any, body: Any, carry: Sequence[Any], 
 
 def _led(interpreter: Interpreter, eqn: Any, weight: Factored) -> Any:
     """A weight whose first dim is one axis; formed where there is none."""
-    fused = under_automatic_axes(lambda weight: weight.fused(0), weight, out=own_sharding(weight))
+    fused = sharded_alike(lambda weight: weight.fused(0), weight)
     return interpreter.form(weight, eqn) if fused is None else fused
 
 
@@ -244,11 +243,9 @@ def _constrained(values: Any, shardings: Any) -> list[Any]:
     def impose(x: Any, sharding: Any) -> Any:
         if not isinstance(sharding, jax.sharding.Sharding):
             return x
-        if compat.explicit_mesh(x) is not None:
-            return typed(x, sharding)
         if is_factored(x):
             value = constrained(x, sharding)
             return x if value is None else value
-        return lax.with_sharding_constraint(x, sharding)
+        return imposed(x, sharding)
 
     return [impose(x, sharding) for x, sharding in zip(values, shardings, strict=True)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from lora_jax import compat
 from lora_jax.axes import Axes, Axis
@@ -27,9 +27,15 @@ def constrained(weight: Factored, sharding: Any) -> Factored | None:
         return None
 
     def change(array: jax.Array, axes: Axes) -> tuple[jax.Array, Axes]:
-        return lax.with_sharding_constraint(array, NamedSharding(sharding.mesh, spec_of(axes, shards))), axes
+        return imposed(array, NamedSharding(sharding.mesh, spec_of(axes, shards))), axes
 
     return weight.map(change)
+
+
+def imposed(array: jax.Array, sharding: Any) -> jax.Array:
+    """An array with a sharding, which its type says if axes are explicit."""
+    impose = lax.with_sharding_constraint if compat.explicit_mesh(array) is None else jax.sharding.reshard
+    return impose(array, sharding)
 
 
 @rule("sharding_constraint", typed=True)
