@@ -117,13 +117,14 @@ def partition_rules(config: Config) -> dict[str, PartitionSpec]:
 
     What a layer sums over "tp" it makes of a row of "fsdp": two sums of hidden states a layer, as Megatron-LM has it.
     """
+    biased = ["query", "key", "value"] * config.attention_bias + ["gate", "up"] * config.mlp_bias
     return {
         ".*/layers/.*/(query|key|value|gate|up)/kernel": PartitionSpec(None, "fsdp", "tp"),
         ".*/layers/.*/(output|down)/kernel": PartitionSpec(None, "tp", "fsdp"),
-        ".*/layers/.*/(query|key|value|gate|up)/bias": PartitionSpec(None, "tp"),
+        **({f".*/({'|'.join(biased)})/bias": PartitionSpec(None, "tp")} if biased else {}),
         ".*/embeddings/embedding": PartitionSpec("tp", "fsdp"),
-        ".*norm/scale": PartitionSpec(),
         **({} if config.tie_word_embeddings else {".*/head/kernel": PartitionSpec("fsdp", "tp")}),
+        ".*": PartitionSpec(),
     }
 
 
