@@ -174,14 +174,13 @@ class Attention(_Part):
         assert config.num_key_value_heads is not None and config.head_dim is not None
 
         def heads(name: str, number: int) -> jax.Array:
-            return self.dense(number * config.head_dim, config.attention_bias, name)(x).reshape(*x.shape[:2], number, -1)
+            y = self.dense(number * config.head_dim, config.attention_bias, name)(x)
+            return y.reshape(*x.shape[:2], number, -1)
 
-        query, key, value = (
-            heads("query", config.num_attention_heads),
-            heads("key", config.num_key_value_heads),
-            heads("value", config.num_key_value_heads),
-        )
-        mixed = jax.nn.dot_product_attention(rotate(query, angles), rotate(key, angles), value, is_causal=True)
+        query = rotate(heads("query", config.num_attention_heads), angles)
+        key = rotate(heads("key", config.num_key_value_heads), angles)
+        value = heads("value", config.num_key_value_heads)
+        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
         return self.dense(config.hidden_size, config.attention_bias, "output")(mixed.reshape(*x.shape[:2], -1))
 
 
@@ -218,7 +217,7 @@ class Llama(_Part):
         (such as `lora_jax.recipes.save_products`), or nothing (False).
       sharding: Of hidden states [B, L, D] between layers; None leaves it to the compiler.
 
-    >>> config = Config(100, 16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, num_key_value_heads=2)
+    >>> config = Config(100, 16, 2, num_attention_heads=4, intermediate_size=32, num_key_value_heads=2)
     >>> model, ids = Llama(config), jnp.array([[1, 5, 9], [1, 7, 2]])
     >>> params = model.init(jax.random.key(0), ids)
     >>> params["params"]["layers"]["attention"]["key"]["kernel"].shape

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from lora_jax.plan.hlo import Instruction, Module, Run, modules
+from lora_jax.plan.hlo import Instruction, Module, Run, bytes_of, modules
 
 KINDS = (
     "all-reduce",
@@ -48,7 +48,7 @@ class Collective:
     @property
     def payload(self) -> int:
         """The bytes that one device holds of the operands or of the results, whichever are more."""
-        return max(_bytes(self.operands), _bytes(self.results))
+        return max(bytes_of(self.operands), bytes_of(self.results))
 
     @property
     def sent(self) -> float:
@@ -65,7 +65,7 @@ class Collective:
             "collective-permute": 1,
             "collective-broadcast": 1,
         }
-        return _bytes(self.operands) * factor.get(self.kind, others / self.group)
+        return bytes_of(self.operands) * factor.get(self.kind, others / self.group)
 
 
 def collectives(compiled: Any) -> tuple[Collective, ...]:
@@ -120,6 +120,11 @@ def _collective(module: Module, run: Run) -> Collective | None:
         return None
     if line.opcode in ("all-gather-start", "collective-permute-start"):
         results = line.arrays[len(operands) : 2 * len(operands)]  # its operands, its results, and what it waits on
+    if kind == "all-reduce" and line.attribute(r"to_apply=%?([\w.\-]+)").endswith("_promoted"):
+        # XLA sums bfloat16 as float32 on a CPU, which has no such sum; other platforms do.
+        operands, results = (
+            tuple(jax.ShapeDtypeStruct(x.shape, "bfloat16") for x in held) for held in (operands, results)
+        )
     name = line.attribute(r'op_name="([^"]*)"')
     return Collective(kind, operands, results, _group(module, kind, line), run.count, run.conditional, name)
 
@@ -143,7 +148,3 @@ def _group(module: Module, kind: str, line: Instruction) -> int:
     # Such groups are of replicas, and each holds all of their partitions.
     mixed = kind in ("all-reduce", "all-gather", "reduce-scatter") and "channel_id=" in line.rest
     return size * partitions if mixed and "use_global_device_ids=true" not in line.rest else size
-
-
-def _bytes(arrays: Iterable[jax.ShapeDtypeStruct]) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)

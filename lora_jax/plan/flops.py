@@ -1,11 +1,12 @@
-"""The FLOPs of a compiled program's matrix products, loops and all."""
+"""The FLOPs of a compiled program's products of matrices, and the bytes that they read and write, loops and all."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
-from lora_jax.plan.hlo import Run, modules
+from lora_jax.plan.hlo import Run, bytes_of, modules
 
 
 def matrix_flops(compiled: Any) -> int:
@@ -25,12 +26,33 @@ def matrix_flops(compiled: Any) -> int:
     >>> matrix_flops(step.lower(jnp.ones((5, 64, 64)), jnp.ones((8, 64))).compile()) == 5 * 2 * 8 * 64 * 64
     True
     """
-    return sum(_flops(run) for module in modules(compiled) for run in module.walk() if run.line.opcode == "dot")
+    return sum(_flops(run) * count for run, count in _products(compiled))
+
+
+def matrix_bytes(compiled: Any) -> int:
+    """The bytes of what these products read and write on each device, if each does so once.
+
+    Args:
+      compiled: As in `matrix_flops`.
+
+    Raises:
+      ValueError: As `matrix_flops`.
+
+    >>> import jax, jax.numpy as jnp
+    >>> matrix_bytes(jax.jit(jnp.matmul).lower(jnp.ones((8, 64)), jnp.ones((64, 32))).compile())
+    11264
+    """
+    return sum(bytes_of((*run.operands, *run.line.arrays)) * count for run, count in _products(compiled))
+
+
+def _products(compiled: Any) -> Iterator[tuple[Run, int]]:
+    for run in (run for module in modules(compiled) for run in module.walk() if run.line.opcode == "dot"):
+        if run.count is None:
+            raise ValueError(f"{run.line.name!r} is in a loop of an unknown number of rounds: use lax.scan")
+        yield run, run.count
 
 
 def _flops(run: Run) -> int:
-    if run.count is None:
-        raise ValueError(f"{run.line.name!r} is in a loop of an unknown number of rounds: use lax.scan")
     (result,), left = run.line.arrays, run.operands[0]
     summed = run.line.attribute(r"lhs_contracting_dims=\{([\d,]*)\}")
-    return 2 * math.prod(result.shape) * math.prod(left.shape[int(d)] for d in summed.split(",") if d) * run.count
+    return 2 * math.prod(result.shape) * math.prod(left.shape[int(d)] for d in summed.split(",") if d)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -137,3 +138,8 @@ def _dtype(name: str) -> Any:
         return jnp.dtype("float8_" + name[2:])
     letters, bits = re.findall(r"([a-z]+)(.*)", name)[0]
     return jnp.dtype({"s": "int", "u": "uint", "c": "complex", "bf": "bfloat"}.get(letters, "float") + bits)
+
+
+def bytes_of(arrays: Iterable[jax.ShapeDtypeStruct]) -> int:
+    """The bytes of arrays together."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import lora_jax as lora
+from lora_jax import compat
 from lora_jax.models.llama import Config, Llama, partition_rules
 from lora_jax.recipes import save_products
 
@@ -36,6 +38,7 @@ class Job:
       batch: Sequences in a step, on all devices together.
       length: Tokens in a sequence.
       rules: What trains, as `lora_jax.split` has it; `FROZEN` for the model's own forward and backward pass.
+      what: The same in words.
       dtype: Of the base, and of activations.
       remat: What a layer keeps for its backward pass: "none" of it is made anew, all but "products" of weights, or
         the "full" layer.
@@ -46,6 +49,7 @@ class Job:
     batch: int = 8
     length: int = 2048
     rules: Any = dataclasses.field(default_factory=lambda: {TARGETS["all-linear"]: lora.LoRA(rank=16)})
+    what: str = "LoRA(16) of all-linear"
     dtype: str = "bfloat16"
     remat: str = "products"
 
@@ -113,21 +117,23 @@ def lower(job: Job, devices: Any = None) -> Step:
     tokens = jax.ShapeDtypeStruct((job.batch, job.length), jnp.int32, sharding=rows)
     chunk = 512 * sizes["data"] * sizes["fsdp"]
 
-    def loss_fn(params: Any, tokens: jax.Array) -> jax.Array:
-        return model.apply(params, tokens, method="loss", chunk=chunk)
+    def loss_fn(params: Any, tokens: jax.Array, recompute: bool = True) -> jax.Array:
+        return model.apply(params, tokens, method="loss", chunk=chunk, recompute=recompute)
 
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)
     frozen = _on(params, lora.match_partition_rules(partition_rules(job.config), params, mesh))
     sites = lora.sites(loss_fn, frozen, tokens)
     lora_params = jax.eval_shape(lambda: lora.split(jax.random.key(0), frozen, job.rules, sites=sites)[1])
     lora_params = _on(lora_params, lora.shardings(lora_params, frozen))
+    head = "params/embeddings/embedding" if job.config.tie_word_embeddings else "params/head/kernel"
+    loss_of = functools.partial(loss_fn, recompute=head in lora_params)
     tx = lora.optimizer(optax.adamw(1e-4))
     state = jax.eval_shape(tx.init, lora_params)
     state = _on(state, lora.shardings(state, frozen))
 
     def step(lora_params: Any, state: Any, frozen: Any, tokens: jax.Array) -> Any:
         def objective(lora_params: Any) -> jax.Array:
-            return lora.lift(loss_fn)(lora.attach(frozen, lora_params), tokens)
+            return lora.lift(loss_of)(lora.attach(frozen, lora_params), tokens)
 
         loss, grads = jax.value_and_grad(objective)(lora_params)
         updates, state = tx.update(grads, state, lora_params)
@@ -138,12 +144,19 @@ def lower(job: Job, devices: Any = None) -> Step:
     return Step(jitted.lower(lora_params, state, frozen, tokens), frozen, lora_params, state, tokens)
 
 
+def compiled(step: Step, dtype: str) -> tuple[Any, bool]:
+    """The step as XLA compiles it for the devices, and whether it computes in the dtypes that the step has.
+
+    XLA's CPU backend has a pass that makes float32 of all bfloat16, weights and activations alike. It is left out where
+    the backend can do without.
+    """
+    if dtype != "bfloat16":
+        return step.lowered.compile(), True
+    kept = compat.keeps_bfloat16()
+    options = {"xla_disable_hlo_passes": "float-normalization-bf16"} if kept else {}
+    return step.lowered.compile(compiler_options=options), kept
+
+
 def _on(shapes: Any, shardings: Any) -> Any:
     """Shapes with shardings."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-
-
-def bytes_per_device(tree: Any) -> int:
-    """What one device holds of the arrays of a tree that have shardings."""
-    leaves = jax.tree.leaves(tree)
-    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in leaves)
