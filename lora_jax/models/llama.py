@@ -75,14 +75,15 @@ class Config:
     mlp_bias: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_key_value_heads is None:
-            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        if self.head_dim is None:
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
             if not isinstance(value := getattr(self, name), int) or value < 1:
                 raise ValueError(f"{name} is {value!r}: make it a whole number of 1 or more")
-        heads, groups, width = self.num_attention_heads, self.num_key_value_heads, self.head_dim
+        heads = self.num_attention_heads
+        defaults = {"num_key_value_heads": heads, "head_dim": self.hidden_size // heads}
+        for name, default in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        groups, width = self.num_key_value_heads, self.head_dim
         if not groups or heads % groups:
             raise ValueError(f"num_attention_heads is {heads}: take a multiple of num_key_value_heads, {groups}")
         if not width or width % 2:
@@ -100,7 +101,7 @@ class Config:
         ValueError: config.json: model_type is 'gpt2', this decoder has 'llama': load a model with that
         """
         rope = config.get("rope_parameters") or {}  # where transformers 5 keeps what 4 has in two fields
-        config = {"rope_scaling": rope or None, **rope, **config}
+        config = {**rope, **config, "rope_scaling": config.get("rope_scaling") or rope or None}
         for field, value in FIXED.items():
             got = config.get(field, value)
             if got != value:

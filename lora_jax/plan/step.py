@@ -123,7 +123,7 @@ def lower(job: Job, devices: Any = None) -> Step:
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)
     frozen = _on(params, lora.match_partition_rules(partition_rules(job.config), params, mesh))
     sites = lora.sites(loss_fn, frozen, tokens)
-    lora_params = jax.eval_shape(lambda: lora.split(jax.random.key(0), frozen, job.rules, sites=sites)[1])
+    lora_params = jax.eval_shape(lambda tree: lora.split(jax.random.key(0), tree, job.rules, sites=sites)[1], frozen)
     lora_params = _on(lora_params, lora.shardings(lora_params, frozen))
     head = "params/embeddings/embedding" if job.config.tie_word_embeddings else "params/head/kernel"
     loss_of = functools.partial(loss_fn, recompute=head in lora_params)
