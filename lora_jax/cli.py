@@ -154,7 +154,9 @@ def _add_plan(commands: Any) -> None:
     option("--length", metavar="N", type=_whole(1), default=2048, help="tokens in each (default: %(default)s)")
     option("--variant", metavar="NAME", default="LoRA", help="LoRA, DoRA, Full ... (default: %(default)s)")
     option("--rank", metavar="N", type=_whole(1), default=16, help="of the factors (default: %(default)s)")
-    option("--targets", metavar="WHICH", default="all-linear", help="all-linear (default), attention, or a regex of paths")
+    option(
+        "--targets", metavar="WHICH", default="all-linear", help="all-linear (default), attention, or a regex of paths"
+    )
     option("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base (default: %(default)s)")
     option(
         "--remat",

@@ -63,9 +63,9 @@ def test_the_numbers_are_those_of_an_independent_llama():
         return llama.Llama(TINY).apply(params, tokens), *loss(params)
 
     logits, loss, grads = logits_and_gradient(stacked(weights))
-    (expected, logits_expected), of_weights = jax.jit(
-        jax.value_and_grad(lambda w: reference(w)[::-1], has_aux=True)
-    )(weights)
+    (expected, logits_expected), of_weights = jax.jit(jax.value_and_grad(lambda w: reference(w)[::-1], has_aux=True))(
+        weights
+    )
     np.testing.assert_allclose(logits, logits_expected, atol=2e-5)
     np.testing.assert_allclose(loss, expected, atol=2e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), grads, stacked(of_weights))

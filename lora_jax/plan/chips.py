@@ -35,9 +35,8 @@ class Chip:
 # H100: https://www.nvidia.com/en-us/data-center/h100 (SXM; BF16 1,979 TFLOPS with sparsity, half of it without; NVLink
 # 900 GB/s in both directions together). H200: https://www.nvidia.com/en-us/data-center/h200. Eight of them are a node,
 # with 400 Gb/s of network for each: https://docs.nvidia.com/dgx/dgxh100-user-guide.
-# TPUs: https://cloud.google.com/tpu/docs/v5e, /v5p and /v6e (interconnect is given for both directions together). Beyond
-# a pod, the hosts' network: for v5e and v6e https://cloud.google.com/tpu/docs/v6e (2 and 4 NICs of 100 and 200 Gb/s
-# for 8 chips); for v5p, 200 Gb/s for 4.
+# TPUs: https://cloud.google.com/tpu/docs/v5e, v5p and v6e, which give interconnect for both directions together. The
+# network is that of their pods over the number of chips: 6.4 Tb/s and 25.6 Tb/s over 256; 50 Gb/s for each v5p.
 CHIPS: Mapping[str, Chip] = {
     "H100": Chip(989.5e12, 80e9, 3.35e12, 450e9, 8, 50e9),
     "H200": Chip(989.5e12, 141e9, 4.8e12, 450e9, 8, 50e9),

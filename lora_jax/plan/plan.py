@@ -15,6 +15,7 @@ from lora_jax.plan.collectives import Collective, bytes_sent, collectives
 from lora_jax.plan.flops import matrix_bytes, matrix_flops
 from lora_jax.plan.memory import Memory, memory
 from lora_jax.plan.step import Job, compiled, lower
+from lora_jax.variants.base import FROZEN
 
 LARGEST = 256  # devices
 
@@ -109,7 +110,7 @@ def plan(job: Job, devices: Any = None) -> Plan:
     return Plan(
         job,
         sum(int(np.prod(x.shape)) for x in jax.tree.leaves(step.base)),
-        sum(int(np.prod(x.shape)) for x in jax.tree.leaves(step.lora_params)),
+        _trained(step.lora_params),
         memory(step, program),
         matrix_flops(program),
         matrix_bytes(program),
@@ -117,6 +118,14 @@ def plan(job: Job, devices: Any = None) -> Plan:
         exact,
         time.perf_counter() - began,
     )
+
+
+def _trained(lora_params: Any) -> int:
+    """The numbers in factors that train; some variants have others."""
+    held = (
+        (x, adapter.variant.labels()[name]) for adapter in lora_params.values() for name, x in adapter.factors.items()
+    )
+    return sum(int(np.prod(x.shape)) for x, label in held if label != FROZEN)
 
 
 def by_kind(found: tuple[Collective, ...]) -> list[dict[str, Any]]:

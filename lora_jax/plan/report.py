@@ -11,11 +11,11 @@ from lora_jax.table import quantity, table
 
 PARTS = {
     "base": "base weights, frozen",
-    "factors": "what trains",
-    "optimizer": "its optimizer state",
+    "factors": "factors",
+    "optimizer": "their optimizer state",
     "batch": "tokens",
     "temporaries": "activations and all else that a step makes",
-    "other": "the loss",
+    "other": "the loss, and padding",
 }
 TEMPORARIES = (
     "Memory is XLA's own buffer assignment, for CPUs: GPUs and TPUs fuse more, above all in attention, "
@@ -52,7 +52,7 @@ def _asked(plan: Plan) -> str:
     job = plan.job
     share = plan.trained / plan.parameters
     lines = (
-        f"{quantity(plan.parameters)} parameters, of which {quantity(plan.trained)} train ({share:.2%}): {job.what}",
+        f"{_number(plan.parameters)} parameters; {_number(plan.trained)} train ({share:.2%}): {job.what}",
         f"{job.batch} × {job.length:,} tokens a step; base in {job.dtype}; remat: {job.remat}",
     )
     return "\n".join(line for text in lines for line in textwrap.wrap(text, 80))
@@ -101,6 +101,11 @@ def _notes(plans: Sequence[Plan]) -> str:
 
 def _axes(plan: Plan) -> str:
     return ",".join(f"{axis}={size}" for axis, size in plan.job.mesh.items() if size > 1) or "one"
+
+
+def _number(number: int) -> str:
+    unit, word = (1e9, " billion") if number >= 1e9 else (1e6, " million") if number >= 1e6 else (1, "")
+    return f"{number / unit:.4g}{word}" if word else f"{number:,}"
 
 
 def _bytes(number: float) -> str:

@@ -140,7 +140,8 @@ def lower(job: Job, devices: Any = None) -> Step:
         return optax.apply_updates(lora_params, updates), state, loss
 
     shardings = jax.tree.map(lambda x: x.sharding, (lora_params, state))
-    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*shardings, None))
+    # Unused are weights that a trained copy stands in for: they lie there all the same.
+    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*shardings, None), keep_unused=True)
     return Step(jitted.lower(lora_params, state, frozen, tokens), frozen, lora_params, state, tokens)
 
 
