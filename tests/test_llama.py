@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
 from lora_jax.models import llama
+from lora_jax.models.rotary import frequencies
 from lora_jax.recipes import save_products
 
 TINY = llama.Config(48, 24, 2, 4, 40, num_key_value_heads=2, mlp_bias=True)
@@ -88,7 +89,8 @@ def test_frequencies_are_stretched_as_llama_3_1_does():
     """As Hugging Face's `_compute_llama3_parameters` has it, one frequency at a time."""
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     given = published("llama-3-8b") | {"rope_scaling": {"rope_type": "llama3", **scaling}}
-    found = llama.frequencies(llama.Config.from_huggingface(given))
+    config = llama.Config.from_huggingface(given)
+    found = frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     for i, turn in enumerate(found):
         plain = 500_000.0 ** (-2 * i / 128)
         length = 2 * math.pi / plain

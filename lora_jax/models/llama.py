@@ -7,18 +7,17 @@ All layers are one layer, scanned: their kernels are stacked on a leading axis, 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from lora_jax.models.rotary import RopeScaling, frequencies, rotate
 from lora_jax.recipes import cross_entropy
 
 # Fields of config.json that must have this value, which is also what a file means that leaves them out.
@@ -28,30 +27,6 @@ FIXED = {
     "attention_dropout": 0.0,
     "partial_rotary_factor": 1.0,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3.1's stretched rotary positions: slow frequencies divided by `factor`, and a smooth way between."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-    @classmethod
-    def from_huggingface(cls, scaling: Mapping[str, Any] | None) -> RopeScaling | None:
-        """Read the entry `rope_scaling`; None where positions are not stretched."""
-        kind = None if scaling is None else scaling.get("rope_type", scaling.get("type"))
-        if scaling is None or kind == "default":
-            return None
-        names = [field.name for field in dataclasses.fields(cls)]
-        if kind != "llama3" or any(name not in scaling for name in names):
-            raise ValueError(
-                f"config.json: rope_scaling is {dict(scaling)}, this decoder has 'llama3' with {', '.join(names)}, or "
-                "none: load a model with that"
-            )
-        return cls(**{name: scaling[name] for name in names})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,25 +104,6 @@ def partition_rules(config: Config) -> dict[str, PartitionSpec]:
     }
 
 
-def frequencies(config: Config) -> np.ndarray:
-    """Radians a position, for each pair of a head's entries: float32 [K / 2]."""
-    assert config.head_dim is not None
-    turn = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
-    if (scaling := config.rope_scaling) is not None:
-        turns = scaling.original_max_position_embeddings * turn / (2 * math.pi)  # within the length trained on
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        kept = np.clip((turns - low) / (high - low), 0, 1)
-        turn = turn * (kept + (1 - kept) / scaling.factor)
-    return turn.astype(np.float32)
-
-
-def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Turn the first half of each head's entries with the second: [B, L, H, K] by float32 angles [L, K / 2]."""
-    cos, sin = (fun(angles)[:, None, :] for fun in (jnp.cos, jnp.sin))
-    a, b = jnp.split(x.astype(jnp.float32), 2, -1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
-
-
 class _Part(nn.Module):
     """What the modules share: the config, and the dtypes of computation (None: the parameters') and parameters."""
 
@@ -172,15 +128,16 @@ class Attention(_Part):
     def __call__(self, x: jax.Array, angles: jax.Array) -> jax.Array:
         """From [B, L, D] to [B, L, D]."""
         config = self.config
-        assert config.num_key_value_heads is not None and config.head_dim is not None
+        width, groups = config.head_dim, config.num_key_value_heads
+        assert width and groups
 
         def heads(name: str, number: int) -> jax.Array:
-            y = self.dense(number * config.head_dim, config.attention_bias, name)(x)
+            y = self.dense(number * width, config.attention_bias, name)(x)
             return y.reshape(*x.shape[:2], number, -1)
 
         query = rotate(heads("query", config.num_attention_heads), angles)
-        key = rotate(heads("key", config.num_key_value_heads), angles)
-        value = heads("value", config.num_key_value_heads)
+        key = rotate(heads("key", groups), angles)
+        value = heads("value", groups)
         mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
         return self.dense(config.hidden_size, config.attention_bias, "output")(mixed.reshape(*x.shape[:2], -1))
 
@@ -261,7 +218,9 @@ class Llama(_Part):
         x = self.embeddings(input_ids)
         if self.sharding is not None:
             x = lax.with_sharding_constraint(x, self.sharding)
-        angles = jnp.arange(input_ids.shape[1], dtype=jnp.float32)[:, None] * frequencies(self.config)
+        config = self.config
+        turns = frequencies(config.head_dim or 0, config.rope_theta, config.rope_scaling)
+        angles = jnp.arange(input_ids.shape[1], dtype=jnp.float32)[:, None] * turns
         x, _ = self.layers(x, angles)
         return self.last_norm(x)
 

@@ -91,7 +91,7 @@ def _chips(text: str | None) -> dict[str, Chip]:
 
 
 def _variant(name: str, rank: int) -> lora.Variant:
-    kind = lora.Variant.registry.get(name)
+    kind: Any = lora.Variant.registry.get(name)
     if kind is None:
         raise ValueError(f"--variant {name}: the variants are {', '.join(lora.Variant.registry)}")
     fields = {field.name for field in dataclasses.fields(kind)}

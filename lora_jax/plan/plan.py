@@ -100,7 +100,9 @@ def plan(job: Job, devices: Any = None) -> Plan:
       devices: As in `lora_jax.plan.step.lower`.
 
     >>> from lora_jax.models.llama import Config
-    >>> found = plan(Job(Config(64, 16, 2, 4, 32), {"fsdp": 2, "tp": 2}, batch=2, length=8, dtype="float32"))
+    >>> job = Job(Config(64, 16, 2, 4, 32), {"fsdp": 2, "tp": 2}, batch=2, length=8, dtype="float32")
+    >>> with jax.numpy_dtype_promotion("standard"):  # which optax's Adam needs
+    ...     found = plan(job)
     >>> found.trained, found.memory.factors  # numbers in all; bytes on each of four devices
     (8704, 17408)
     """

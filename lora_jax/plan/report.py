@@ -18,8 +18,8 @@ PARTS = {
     "other": "the loss, and padding",
 }
 TEMPORARIES = (
-    "Memory is XLA's own buffer assignment, for CPUs: GPUs and TPUs fuse more, above all in attention, "
-    "and need less than that for what a step makes."
+    "Memory is what XLA's buffers take on CPUs. GPUs and TPUs fuse more, above all in attention: for what a step makes "
+    "they need as much or less."
 )
 NOT_EXACT = (
     "This JAX's compiler for CPUs holds bfloat16 activations and gathered weights as float32: what a step makes, and "
@@ -55,7 +55,7 @@ def _asked(plan: Plan) -> str:
         f"{_number(plan.parameters)} parameters; {_number(plan.trained)} train ({share:.2%}): {job.what}",
         f"{job.batch} × {job.length:,} tokens a step; base in {job.dtype}; remat: {job.remat}",
     )
-    return "\n".join(line for text in lines for line in textwrap.wrap(text, 80))
+    return "\n".join(line for text in lines for line in textwrap.wrap(text, 80, break_on_hyphens=False))
 
 
 def _mesh(plan: Plan) -> str:

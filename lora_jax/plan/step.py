@@ -117,7 +117,7 @@ def lower(job: Job, devices: Any = None) -> Step:
     tokens = jax.ShapeDtypeStruct((job.batch, job.length), jnp.int32, sharding=rows)
     chunk = 512 * sizes["data"] * sizes["fsdp"]
 
-    def loss_fn(params: Any, tokens: jax.Array, recompute: bool = True) -> jax.Array:
+    def loss_fn(params: Any, tokens: jax.Array, recompute: bool = True) -> Any:
         return model.apply(params, tokens, method="loss", chunk=chunk, recompute=recompute)
 
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)
