@@ -27,4 +27,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 ).strip()
 
+# The eight devices share one pool of threads, as large as this where it is more. Were it of eight, programs that run at
+# the same time could each keep some of the threads and wait for the others in a collective, for ever.
+os.environ.setdefault("PJRT_NPROC", "32")
+
 gc.set_threshold(20_000, 20, 20)  # tracing allocates much and frees it all by counting references

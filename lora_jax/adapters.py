@@ -10,6 +10,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import tree
 from lora_jax.choice import Rules, choose
@@ -17,6 +18,7 @@ from lora_jax.factored import Factored, is_factored
 from lora_jax.factors import Adapter, LoraParams, key_of, pools, together
 from lora_jax.materialize import materialize
 from lora_jax.network import Dropout
+from lora_jax.placement import on_mesh
 from lora_jax.sharding import check_mesh, starter
 from lora_jax.sites import Site
 from lora_jax.variants.base import FROZEN, SHARED
@@ -66,7 +68,9 @@ def split(
                 f"for {[*variant.names(site)]}: `labels` names each, or `names` those that this leaf has"
             )
         lora_params[path] = Adapter(factors, variant.begun(), site)
-    lora_params |= pools(key, leaves, lora_params)
+    meshes = [sharding.mesh for path in lora_params if (sharding := on_mesh(arrays[path]))]
+    pool = pools(key, leaves, lora_params)
+    lora_params |= jax.device_put(pool, NamedSharding(meshes[0], PartitionSpec())) if meshes else pool
     if not lora_params:
         raise ValueError("the rules adapt no leaf, so nothing would train: give one of the paths a variant")
     return tree.unflatten(treedef, frozen), lora_params
@@ -152,7 +156,10 @@ def merge(params: Any, lora_params: Mapping[str, Adapter]) -> Any:
     leaves, treedef = tree.flatten(params, is_leaf=is_factored)
     applied = _applied(leaves, lora_params)
     # A factor that takes the leaf's place is copied, so that merged weights outlive a donated lora_params.
-    merged = {path: materialize(x) if is_factored(x) else jnp.array(x, copy=True) for path, x in applied.items()}
+    merged = {
+        path: materialize(x, on_mesh(leaves[path])) if is_factored(x) else jnp.array(x, copy=True)
+        for path, x in applied.items()
+    }
     _check_finite(merged, leaves)
     return tree.unflatten(treedef, {**leaves, **merged})
 
@@ -179,7 +186,8 @@ def unmerge(params: Any, lora_params: Mapping[str, Adapter]) -> Any:
                 "tree, or leave the path out of lora_params (the leaf then keeps its trained value)"
             )
     leaves, treedef = tree.flatten(params, is_leaf=is_factored)
-    restored = {path: materialize(x) for path, x in _applied(leaves, lora_params, undo=True).items()}
+    applied = _applied(leaves, lora_params, undo=True)
+    restored = {path: materialize(x, on_mesh(leaves[path])) for path, x in applied.items()}
     _check_finite(restored, leaves)
     return tree.unflatten(treedef, {**leaves, **restored})
 
@@ -234,8 +242,10 @@ def _refuse_attached(leaves: Mapping[str, Any]) -> None:
 def _check_finite(results: Mapping[str, Any], before: Mapping[str, Any]) -> None:
     if any(isinstance(array, jax.core.Tracer) for array in results.values()):
         return
-    finite = jax.device_get({path: jnp.isfinite(array).all() for path, array in results.items()})
-    for path in (path for path, ok in finite.items() if not ok):
+    for path in results:
+        # One after the other, for the reason that `starter` gives.
+        if bool(jnp.isfinite(results[path]).all()):
+            continue
         bad = int(jnp.size(results[path]) - jnp.isfinite(results[path]).sum())
         cause = "the factors are" if bool(jnp.isfinite(before[path]).all()) else "the base is"
         raise ValueError(

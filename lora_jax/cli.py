@@ -29,6 +29,10 @@ examples:
   lora-jax demo --model ~/bert-base     a BERT of yours
   lora-jax demo --model hf://google-bert/bert-base-uncased
                                         one that is downloaded
+
+It uses all devices of the machine, and of several machines when started on each
+of them, by srun, mpirun or with JAX_COORDINATOR_ADDRESS=host:port,
+JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment.
 """
 PLAN = """\
 What a step of LoRA on a Llama takes: the memory of each device, arithmetic,
@@ -82,8 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def demo(arguments: argparse.Namespace) -> None:
     """The demo: see `lora_jax.demo.job`."""
     _need({"rich", "tokenizers"} if arguments.no_figure else {"rich", "tokenizers", "matplotlib"}, extra="demo")
+    from lora_jax import distributed
     from lora_jax.demo import encoder, job, report
 
+    distributed.initialize()
     quick = {"steps": 20, "sentences": 300, "lengths": (24,)} if arguments.quick else {}
     given = {"steps": arguments.steps} if arguments.steps else {}
     settings = job.Settings(seed=arguments.seed, rank=arguments.rank, full=arguments.full, **(quick | given))
@@ -91,15 +97,16 @@ def demo(arguments: argparse.Namespace) -> None:
     widest = pretrained.model.config.hidden_size
     if arguments.rank > widest:
         raise ValueError(f"--rank {arguments.rank}: the encoder's layers have {widest} features, so that is the most")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    with report.progress() as watch:
-        found = job.run(settings, pretrained, arguments.out, watch)
-    report.show(found)
-    report.write(found, arguments.out / "results.json")
-    if not arguments.no_figure:
-        report.draw(found, arguments.out / "figure.png")
-    figure = "" if arguments.no_figure else "figure.png, "
-    print(f"\nWritten to {arguments.out}: {figure}results.json, and the adapters, *.safetensors")
+    with distributed.output(arguments.out) as out:
+        out.mkdir(parents=True, exist_ok=True)
+        with report.progress() as watch:
+            found = job.run(settings, pretrained, out, watch)
+        report.show(found)
+        report.write(found, out / "results.json")
+        if not arguments.no_figure:
+            report.draw(found, out / "figure.png")
+        figure = "" if arguments.no_figure else "figure.png, "
+        print(f"\nWritten to {out}: {figure}results.json, and the adapters, *.safetensors")
 
 
 def plan(arguments: argparse.Namespace) -> None:

@@ -177,6 +177,12 @@ def axis_size(names: Any) -> int:
     return jax.lax.axis_size(names)
 
 
+def over_devices(tree: Any) -> bool:
+    """Whether the compiler splits arrays of a tree over several devices, as it does outside shard_map on a mesh."""
+    meshes = {jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(tree)} | {jax.sharding.get_abstract_mesh()}
+    return any(mesh.shape[name] > 1 for mesh in meshes for name in {*mesh.axis_names} - {*mesh.manual_axes})
+
+
 def all_gather_invariant(array: Any, names: Any) -> Any:
     """The arrays of all devices along a new first axis, known to be the same on all of them."""
     if not varying(array):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,28 +17,32 @@ from lora_jax.contract import contract, reshape
 from lora_jax.factored import Factored
 from lora_jax.network import Network
 from lora_jax.order import Cost, letters, work
-from lora_jax.placement import on_mesh
 
 
-def materialize(value: Factored) -> jax.Array:
+def materialize(value: Factored, sharding: NamedSharding | None = None) -> jax.Array:
     """The whole weight W + ΔW, formed in the wider of the base's and the factors' dtypes and rounded once.
 
     Args:
       value: A Factored value of any shape.
+      sharding: Where the result is to lie on a mesh; None for where the compiler puts it.
 
     Returns:
-      An array of `value.shape` and `value.dtype`, which lies where the base does.
+      An array of `value.shape` and `value.dtype`.
     """
-    return _formed(dataclasses.replace(value, paths=()), on_mesh(value.stand_in))
+    formed = _forming(sharding)(dataclasses.replace(value, paths=()))
+    return jax.block_until_ready(formed) if sharding else formed
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _formed(value: Factored, sharding: NamedSharding | None) -> jax.Array:
+@functools.cache
+def _forming(sharding: NamedSharding | None) -> Callable[[Factored], jax.Array]:
     """Jitted, so that it is compiled once for all leaves of a form, and holds no temporary that it need not."""
-    dtypes = {jnp.dtype("float32"), value.dtype, *(x.dtype for delta in value.deltas for x in delta.operands)}
-    wide = max(dtypes, key=lambda dtype: dtype.itemsize) if value.deltas else value.dtype
-    formed = total(value, wide, lax.Precision.HIGHEST)
-    return lax.with_sharding_constraint(formed, sharding) if sharding else formed
+
+    def formed(value: Factored) -> jax.Array:
+        dtypes = {jnp.dtype("float32"), value.dtype, *(x.dtype for delta in value.deltas for x in delta.operands)}
+        wide = max(dtypes, key=lambda dtype: dtype.itemsize) if value.deltas else value.dtype
+        return total(value, wide, lax.Precision.HIGHEST)
+
+    return jax.jit(formed, out_shardings=sharding)
 
 
 def total(value: Factored, dtype: Any = None, precision: Any = None) -> jax.Array:

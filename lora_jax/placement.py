@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import jax
+import jax.core
 from flax.core import meta
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -13,10 +14,9 @@ from lora_jax import tree
 
 
 def by_path(base: Any) -> dict[str, Any]:
-    """The placement of each leaf of a tree; a box of Flax's has it at its own path and at that of the array in it."""
-    leaves, _ = tree.flatten(base, is_leaf=lambda x: x is None or isinstance(x, PartitionSpec | meta.AxisMetadata))
-    inside = {f"{path}/value": leaf for path, leaf in leaves.items() if isinstance(leaf, meta.AxisMetadata)}
-    return {path: placement(leaf) for path, leaf in {**leaves, **inside}.items()}
+    """The placement of each leaf of a tree; a box of Flax's counts as a leaf."""
+    leaves, _ = tree.flatten(base, is_leaf=lambda x: x is None or isinstance(x, PartitionSpec | meta.Partitioned))
+    return {path: placement(leaf) for path, leaf in leaves.items()}
 
 
 def placement(leaf: Any) -> Any:
@@ -24,9 +24,8 @@ def placement(leaf: Any) -> Any:
 
     None for an array that is traced or has none yet.
     """
-    if isinstance(leaf, meta.AxisMetadata):
-        inner = placement(leaf.unbox(apply_constraint=False))
-        return inner if isinstance(inner, NamedSharding) else leaf.get_partition_spec()
+    if isinstance(leaf, meta.Partitioned):
+        return on_mesh(leaf.value) or leaf.get_partition_spec()
     if isinstance(leaf, jax.sharding.Sharding | PartitionSpec):
         return leaf
     return None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
@@ -62,7 +61,8 @@ def check_fits(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Any
             continue
         if absent := [name for name in _names(entry) if name not in mesh.shape]:
             raise ValueError(
-                f"{path!r} {shape}: {spec} names {absent[0]!r}, and the mesh has the axes {dict(mesh.shape)}"
+                f"{path!r} {shape}: {spec} names {absent[0]!r}, and the mesh has the axes {dict(mesh.shape)}: give "
+                "specs in its axes (flax.linen.logical_to_mesh translates logical names)"
             )
         if shape[d] % ways(entry, mesh):
             raise ValueError(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax import tree
-from lora_jax.axes import weight_axes
+from lora_jax.axes import Axes, weight_axes
 from lora_jax.choice import first_matches
 from lora_jax.factors import Adapter, is_adapter
 from lora_jax.placement import by_path, check_fits, is_spec, on_mesh, placement, spec_of
@@ -48,7 +49,7 @@ def partition_specs(state: Any, base: Any) -> Any:
     return _placed(state, by_path(base), None)
 
 
-def shardings(state: Any, base: Any, mesh: Mesh | None = None) -> Any:
+def shardings(state: Any, base: Any, mesh: Mesh | AbstractMesh | None = None) -> Any:
     """As `partition_specs`, with a `NamedSharding` for each array: for `device_put`, `in_shardings`, `out_shardings`.
 
     Give them to a jitted step as its `out_shardings`: without, the compiler chooses how updated factors lie.
@@ -77,12 +78,14 @@ def shardings(state: Any, base: Any, mesh: Mesh | None = None) -> Any:
             raise ValueError(
                 f"base lies on {len(meshes)} meshes, and factors lie on one: give mesh=, or a base that lies on it"
             )
-        (mesh,) = meshes
+        mesh = meshes.pop()
     specs = _placed(state, places, mesh)
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
+    return jax.tree.map(functools.partial(NamedSharding, mesh), specs, is_leaf=is_spec)
 
 
-def match_partition_rules(rules: Mapping[str, PartitionSpec], params: Any, mesh: Mesh | None = None) -> Any:
+def match_partition_rules(
+    rules: Mapping[str, PartitionSpec], params: Any, mesh: Mesh | AbstractMesh | None = None
+) -> Any:
     """Partition rules by path: for each leaf, the spec of the first regular expression that matches its whole path.
 
     Args:
@@ -134,12 +137,15 @@ def starter() -> Callable[[jax.Array, Any, Variant, Site], tuple[Any, Factors]]:
             frozen, factors = variant.initial(key, weight, site)
             return (None if frozen is weight else frozen), factors
 
-        form = id(variant), site, sharding, abstract
+        # Rules may make a variant anew for each leaf, and what says how factors begin may be an object or a function.
+        own = (v if isinstance(v, str | float | int) else id(v) for v in vars(variant).values())
+        form = type(variant), *own, site, sharding, abstract
         if form not in programs:
             specs = factor_specs(variant, site, sharding.spec)
             placed = {name: NamedSharding(sharding.mesh, spec) for name, spec in specs.items()}
             programs[form] = variant, jax.jit(initial, out_shardings=(sharding, placed))
-        frozen, factors = programs[form][1](key, None if abstract else leaf)
+        # One after the other: XLA's CPU devices share threads, and independent programs may wait for each other.
+        frozen, factors = jax.block_until_ready(programs[form][1](key, None if abstract else leaf))
         return (leaf if frozen is None else frozen), factors
 
     return start
@@ -148,10 +154,16 @@ def starter() -> Callable[[jax.Array, Any, Variant, Site], tuple[Any, Factors]]:
 def factor_specs(variant: Variant, site: Site, spec: PartitionSpec) -> dict[str, PartitionSpec]:
     """The spec of each factor that a leaf has of its own, from the leaf's."""
     entries = dict(zip((axis.name for axis in weight_axes(site.shape)), spec, strict=False))
-    axes = variant.axes(site)
+    axes = _axes(variant.begun(), site)
     return {
         name: PartitionSpec(*(entries.get(axis.name) for axis in axes.get(name, ()))) for name in variant.names(site)
     }
+
+
+@functools.lru_cache(maxsize=4096)
+def _axes(variant: Variant, site: Site) -> dict[str, Axes]:
+    """Kept, since a state has each factor several times, and a model many of one form."""
+    return variant.axes(site)
 
 
 def check_mesh(path: str, leaf: Any, adapter: Adapter) -> None:
@@ -167,15 +179,16 @@ def check_mesh(path: str, leaf: Any, adapter: Adapter) -> None:
             )
 
 
-def _placed(state: Any, places: Mapping[str, Any], mesh: Mesh | None) -> Any:
+def _placed(state: Any, places: Mapping[str, Any], mesh: Mesh | AbstractMesh | None) -> Any:
     def of(keys: tuple[Any, ...], node: Any) -> Any:
         if not is_adapter(node):
             return spec_of(placement(node))
         path, site = str(getattr(keys[-1], "key", keys[-1])), node.site
+        unboxed = path.removesuffix("/value")  # where a spec is that Flax took out of a box
         if site.kind == SHARED:
             specs = dict.fromkeys(node.factors, PartitionSpec())
-        elif path in places:
-            spec = spec_of(places[path])
+        elif path in places or unboxed in places:
+            spec = spec_of(places.get(path, places.get(unboxed)))
             check_fits(path, site.shape, spec, mesh)
             specs = factor_specs(node.variant, site, spec)
         else:

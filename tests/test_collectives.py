@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.plan.collectives import Collective, bytes_sent, collectives
+from lora_jax.plan.collectives import bytes_sent, collectives
 
 MESH = jax.make_mesh((2, 4), ("d", "t"), axis_types=(AxisType.Auto,) * 2)
 RING = [(0, 1), (1, 2), (2, 3), (3, 0)]
@@ -39,7 +39,7 @@ def compiled(fun, *shapes, mesh=MESH):
     return jax.jit(mapped).lower(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)).compile()
 
 
-def seen(found: tuple[Collective, ...]):
+def seen(found):
     return sorted((x.kind, x.operands[0].shape, x.results[0].shape, x.group, x.count) for x in found)
 
 
@@ -92,6 +92,24 @@ use_global_device_ids=true
   ROOT %one = f8e4m3fn[16]{0} all-reduce(%q), channel_id=5, replica_groups={{0},{1}}, use_global_device_ids=true
 }
 
+%body (v: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %v = (s32[]{:T(128)}, bf16[8,4]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%v), index=0
+  %j = s32[]{:T(128)} copy(%i)
+  %w = bf16[8,4]{1,0} get-tuple-element(%v), index=1
+  %x = s32[]{:T(128)} constant(1)
+  %y = s32[]{:T(128)} add(%j, %x)
+  %z = bf16[8,4]{1,0} all-to-all(%w), channel_id=6, replica_groups={{0,1},{2,3},{4,5},{6,7}}
+  ROOT %o = (s32[]{:T(128)}, bf16[8,4]{1,0}) tuple(%y, %z)
+}
+
+%condition (v: (s32[], bf16[8,4])) -> pred[] {
+  %v = (s32[]{:T(128)}, bf16[8,4]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%v), index=0
+  %n = s32[]{:T(128)} constant(5)
+  ROOT %l = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
 ENTRY %main (a: bf16[8,4], b: f8e4m3fn[16]) -> bf16[2,4] {
   %a = bf16[8,4]{1,0:T(8,128)(2,1)S(1)} parameter(0), metadata={op_name="a"}
   %b = f8e4m3fn[16]{0} parameter(1)
@@ -102,6 +120,11 @@ channel_id=1, replica_groups=mesh['x'=4,'y'=2] {'x':(1)2}, dimensions={0}, use_g
 source_target_pairs={{0,1},{1,0}}
   %e = bf16[8,4]{1,0} collective-permute-done(%t)
   %u = (bf16[8,4]{1,0}, f8e4m3fn[16]{0}) all-reduce(%a, %b), channel_id=3, replica_groups={}, to_apply=%add
+  %0 = s32[]{:T(128)} constant(0)
+  %1 = s32[]{:T(128)} copy(%0)
+  %2 = (s32[]{:T(128)}, bf16[8,4]{1,0}) tuple(%1, %a)
+  %3 = (s32[]{:T(128)}, bf16[8,4]{1,0}) while(%2), condition=%condition, body=%body
+  %4 = (s32[]{:T(128)}, bf16[8,4]{1,0}) while(%3), condition=%condition, body=%body
   %r = ((bf16[8,4]{1,0}), bf16[2,4]{1,0}) async-start(%a), calls=%inner
   %c = f8e4m3fn[16]{0} conditional(%k, %b, %b), true_computation=%true, false_computation=%true
   ROOT %f = bf16[2,4]{1,0} async-done(%r), calls=%inner
@@ -110,11 +133,14 @@ source_target_pairs={{0,1},{1,0}}
 
 
 def test_what_other_compilers_write():
-    assert seen(collectives(Text())) == [
+    found = collectives(Text())
+    loops = [x for x in found if x.kind == "all-to-all"]
+    assert [(x.group, x.count) for x in loops] == [(2, 5), (2, None)]  # the second begins where the first has ended
+    assert seen(x for x in found if x not in loops) == [
         ("all-gather", (8, 4), (16, 4), 2, 1),
         ("all-reduce", (8, 4), (8, 4), 8, 1),
         ("collective-permute", (8, 4), (8, 4), 2, 1),
         ("reduce-scatter", (8, 4), (2, 4), 4, 1),
     ]
-    (both,) = (x for x in collectives(Text()) if x.kind == "all-reduce")
+    (both,) = (x for x in found if x.kind == "all-reduce")
     assert both.payload == 8 * 4 * 2 + 16

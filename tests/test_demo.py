@@ -9,6 +9,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 from safetensors.numpy import save_file
 
@@ -122,6 +123,9 @@ def test_demo_from_end_to_end(model, tiny, tmp_path, capsys):
     for agreement in found["agreements"]:
         assert agreement["difference"] < 1e-4 and agreement["labels"] == 0
 
+    if model:
+        as_two_processes(tiny, tmp_path, found["results"])
+
     pretrained = encoder.load(model and str(tiny))
     classifier, params = add_head(jax.random.key(0), pretrained.model, pretrained.params, labels=2)
     adapted = lora.merge(params, lora.load(out / "all_linear.safetensors"))
@@ -129,6 +133,21 @@ def test_demo_from_end_to_end(model, tiny, tmp_path, capsys):
     logits = jax.jit(lambda params, batch: classifier.apply(params, batch["input_ids"], batch["attention_mask"]))
     logits = batches.apply(logits, adapted, batches.encode(pretrained.tokenizer, test, [24]))
     assert np.mean(logits.argmax(-1) == batches.labels(test)) == rows[job.ALL.name]["accuracy"]
+
+
+def as_two_processes(tiny, folder, expected):
+    """The demo finds what it finds as one process, and only one of the two prints and writes."""
+    options = ["--quick", "--no-figure", "--model", str(tiny), "--rank", "2", "--out", str(folder / "two")]
+    first, second = processes.run(folder, 2, "-m", "lora_jax.cli", "demo", *options, devices=1)
+    assert f"Written to {folder / 'two'}" in first
+    assert [line for line in second.splitlines() if not line.startswith("[Gloo]")] == []  # which gloo prints itself
+    assert len([*(folder / "two").iterdir()]) == 4
+    results = json.loads((folder / "two" / "results.json").read_text())["results"]
+    for one, two in zip(expected, results, strict=False):  # expected has full fine-tuning, too
+        np.testing.assert_allclose(two.pop("losses"), one.pop("losses"), atol=1e-5)
+        assert abs(one["accuracy"] - two["accuracy"]) < 0.04  # two of the 60 sentences
+        assert {name: x for name, x in one.items() if name not in ("accuracy", "seconds")}.items() <= two.items()
+    assert len(results) == len(expected) - 1
 
 
 # The command line

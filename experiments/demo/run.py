@@ -1,4 +1,7 @@
-"""The demo over several seeds: python experiments/demo/run.py [--full] [SEED ...]; adds to results.json."""
+"""The demo over several seeds: python experiments/demo/run.py [--full] [SEED ...]; adds to results.json.
+
+As N processes, started as `lora-jax demo` is, each run is one of all of them.
+"""
 
 import argparse
 import json
@@ -7,6 +10,9 @@ import platform
 import tempfile
 from pathlib import Path
 
+import jax
+
+from lora_jax import distributed
 from lora_jax.demo import encoder, job, report
 
 FILE = Path(__file__).parent / "results.json"
@@ -18,19 +24,27 @@ def main():
     parser.add_argument("seeds", metavar="SEED", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--full", action="store_true", help="full fine-tuning too")
     arguments = parser.parse_args()
+    distributed.initialize()
     pretrained = encoder.load()
-    for seed in arguments.seeds:
-        with tempfile.TemporaryDirectory() as folder, report.progress() as watch:
-            found = job.run(job.Settings(seed=seed, full=arguments.full), pretrained, Path(folder), watch)
-            report.write(found, Path(folder) / "results.json")
-            run = json.loads((Path(folder) / "results.json").read_text())
-        report.show(found)
-        for result in run["results"]:
-            del result["losses"]
-        runs = json.loads(FILE.read_text()) if FILE.exists() else {}
-        runs[f"Python {run['versions']['python']}, seed {seed}"] = {"machine": MACHINE, **run}
-        FILE.write_text(json.dumps(dict(sorted(runs.items())), indent=1) + "\n")
-    print(table(json.loads(FILE.read_text())))
+    processes = f", {jax.process_count()} processes" * (jax.process_count() > 1)
+    with distributed.output(FILE.parent) as folder:
+        for seed in arguments.seeds:
+            add(folder / FILE.name, f"seed {seed}{processes}", job.Settings(seed=seed, full=arguments.full), pretrained)
+        print(table(json.loads((folder / FILE.name).read_text())))
+
+
+def add(file, title, settings, pretrained):
+    """One run, shown and added to the file."""
+    with tempfile.TemporaryDirectory() as folder, report.progress() as watch:
+        found = job.run(settings, pretrained, Path(folder), watch)
+        report.write(found, Path(folder) / "results.json")
+        run = json.loads((Path(folder) / "results.json").read_text())
+    report.show(found)
+    for result in run["results"]:
+        del result["losses"]
+    runs = json.loads(file.read_text()) if file.exists() else {}
+    runs[f"Python {run['versions']['python']}, {title}"] = {"machine": MACHINE, **run}
+    file.write_text(json.dumps(dict(sorted(runs.items())), indent=1) + "\n")
 
 
 def table(runs):

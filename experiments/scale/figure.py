@@ -33,7 +33,11 @@ def tables(rows):
         for name, tp in MESHES.items():
             pairs = zip(scaled(rows, model, tp), scaled(rows, model, tp, adapted=False), strict=True)
             for row, frozen in pairs:
-                held, sent, alone = row["bytes_per_device"], row["bytes_sent_per_device"], frozen["bytes_sent_per_device"]
+                held, sent, alone = (
+                    row["bytes_per_device"],
+                    row["bytes_sent_per_device"],
+                    frozen["bytes_sent_per_device"],
+                )
                 cells = [f"{held[part] / 1e9:.2f}" for part in ("base", "factors", "optimizer", "temporaries", "total")]
                 cells += [f"{x['flops_per_device'] / 1e12:.1f}" for x in (row, frozen)]
                 cells += [f"{sent / 1e9:.1f}", f"{alone / 1e9:.1f}", f"{sent / alone - 1:.2%}"]
@@ -60,7 +64,9 @@ def draw(rows):
                 style = "-" if adapted else "--"
                 label = f"{name}, {'LoRA' if adapted else 'frozen model alone'}"
                 devices = [row["devices"] for row in found]
-                line[2].semilogx(devices, sent, marker + style, color=color, ms=4, lw=1 if adapted else 2.5, label=label)
+                line[2].semilogx(
+                    devices, sent, marker + style, color=color, ms=4, lw=1 if adapted else 2.5, label=label
+                )
         line[2].set_ylim(bottom=0)
         line[2].set_title(f"{model}: collectives", fontsize=9)
         line[2].set_ylabel("GB sent by each device in a step", fontsize=8)

@@ -17,6 +17,7 @@ from lora_jax import tree
 from lora_jax.demo import corpus
 from lora_jax.demo.batches import apply, draw, encode, labels
 from lora_jax.demo.encoder import Encoder
+from lora_jax.demo.parallel import everywhere, parallel, spread
 from lora_jax.demo.task import Task
 from lora_jax.models.classifier import add_head
 
@@ -132,11 +133,11 @@ def run(settings: Settings, pretrained: Encoder, out: Path, watch: Watch) -> Rep
 
     model, params = add_head(jax.random.key(settings.seed), pretrained.model, pretrained.params, labels=2)
     buckets = [encode(pretrained.tokenizer, examples, settings.lengths) for examples in (train, test)]
-    task = Task(model, params, buckets[0], buckets[1], labels(train), labels(test))
+    task = Task(model, everywhere(params), buckets[0], buckets[1], labels(train), labels(test))
 
     majority = np.bincount(task.train_labels).argmax()
     results = [Result("majority class", float(np.mean(task.test_labels == majority)))]
-    agreements, verdicts, logits = [], [], jax.jit(task.logits)
+    agreements, verdicts, logits = [], [], parallel(task.logits)
     for contender in (PROBE, SOME, ALL, *([FULL] if settings.full else [])):
         started = time.perf_counter()
         trained = compete(contender, task, settings, watch)
@@ -146,7 +147,7 @@ def run(settings: Settings, pretrained: Encoder, out: Path, watch: Watch) -> Rep
         result = judge(contender, task, trained, merged, file, seconds)
         results.append(result)
         if contender is ALL:
-            agreements = compare(task, trained, lora.load(file), merged)
+            agreements = compare(task, trained, everywhere(lora.load(file)), merged)
             verdicts = list(zip(test, jax.nn.softmax(merged)[:, 1].tolist(), strict=True))
         watch(contender.name, len(trained.losses), len(trained.losses), f"{result.accuracy:.1%} right")
     return Report(pretrained.name, settings, (len(train), len(test)), results, agreements, verdicts)
@@ -171,8 +172,8 @@ def compete(contender: Contender, task: Task, settings: Settings, watch: Watch) 
     """Train one contender: on batches of sentences, or, if it is the probe, on what the frozen encoder makes of all."""
     if contender is PROBE:
         watch(contender.name, 0, PROBE_STEPS, "encoding")
-        features = apply(jax.jit(task.features), task.params, task.train)
-        everything = jax.device_put({"features": features, "labels": task.train_labels})
+        features = apply(parallel(task.features), task.params, task.train)
+        everything = spread({"features": features, "labels": task.train_labels})
         loss_fn, batches = task.loss_of_head, [everything] * PROBE_STEPS
     else:
         watch(contender.name, 0, settings.steps, "compiling")
@@ -201,7 +202,7 @@ def fit(
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, len(batches) // 10, len(batches))
     tx = lora.optimizer(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule)))
 
-    @jax.jit
+    @parallel
     def step(lora_params: Any, opt_state: Any, frozen: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
         def objective(lora_params: Any) -> jax.Array:
             return lora.lift(loss_fn)(lora.attach(frozen, lora_params), batch)
@@ -211,7 +212,7 @@ def fit(
         return optax.apply_updates(lora_params, updates), opt_state, loss
 
     losses: list[float] = []
-    opt_state = tx.init(lora_params)
+    opt_state = everywhere(tx.init(lora_params))
     for batch in batches:
         lora_params, opt_state, loss = step(lora_params, opt_state, frozen, batch)
         losses.append(float(loss))
@@ -221,7 +222,7 @@ def fit(
 
 def compare(task: Task, trained: Trained, loaded: Any, merged: np.ndarray) -> list[Agreement]:
     """The merged model's logits on the test sentences, against the lifted one's and those of the adapter's file."""
-    lifted = jax.jit(lora.lift(task.logits))
+    lifted = parallel(lora.lift(task.logits))
     others = {
         "lifted": apply(lifted, lora.attach(trained.frozen, trained.lora_params), task.test),
         "saved, loaded, lifted": apply(lifted, lora.attach(task.params, loaded), task.test),

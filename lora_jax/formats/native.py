@@ -37,7 +37,7 @@ def save(path: str | os.PathLike[str], lora_params: Mapping[str, Adapter]) -> Pa
       The path.
 
     Raises:
-      ValueError: There is nothing to save.
+      ValueError: There is nothing to save; or a factor is spread over several processes, and none holds it whole.
       OSError: The file cannot be written.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lora
@@ -49,6 +49,7 @@ def save(path: str | os.PathLike[str], lora_params: Mapping[str, Adapter]) -> Pa
     if not lora_params:
         raise ValueError(f"{path}: lora_params is empty, so there is nothing to save")
     path = Path(path)
+    _check_whole(path, lora_params)
     # In C order, since safetensors writes an array's memory as it lies.
     tensors = {f"{p}:{n}": np.asarray(x, order="C") for p, a in lora_params.items() for n, x in a.factors.items()}
     described = {"format": FORMAT, "adapters": {p: _describe(adapter) for p, adapter in lora_params.items()}}
@@ -105,6 +106,18 @@ def load(path: str | os.PathLike[str]) -> dict[str, Adapter]:
         raise ValueError(f"{path}: tensors that belong to no adapter: {', '.join(sorted(tensors)[:5])}")
     _check(path, lora_params)
     return lora_params
+
+
+def _check_whole(file: Path, lora_params: Mapping[str, Adapter]) -> None:
+    """Raises where a factor has parts that no device of this process holds: to gather them takes all processes."""
+    for path, adapter in lora_params.items():
+        for name, x in adapter.factors.items():
+            if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+                raise ValueError(
+                    f"{file}: {path!r} has factor {name} spread over several processes, and this one holds only a part "
+                    "of it: in all of them, whole = jax.device_put(lora_params, NamedSharding(mesh, PartitionSpec())), "
+                    "then save that in one of them"
+                )
 
 
 def _describe(adapter: Adapter) -> dict[str, Any]:

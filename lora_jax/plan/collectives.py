@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from lora_jax.plan.hlo import Instruction, Module, Run, bytes_of, modules
+from lora_jax.plan.hlo import Arrays, Instruction, Module, Run, modules, nbytes
 
 KINDS = (
     "all-reduce",
@@ -38,8 +38,8 @@ class Collective:
     """
 
     kind: str
-    operands: tuple[jax.ShapeDtypeStruct, ...]
-    results: tuple[jax.ShapeDtypeStruct, ...]
+    operands: Arrays
+    results: Arrays
     group: int
     count: int | None = 1
     conditional: bool = False
@@ -48,7 +48,7 @@ class Collective:
     @property
     def payload(self) -> int:
         """The bytes that one device holds of the operands or of the results, whichever are more."""
-        return max(bytes_of(self.operands), bytes_of(self.results))
+        return max(nbytes(self.operands), nbytes(self.results))
 
     @property
     def sent(self) -> float:
@@ -65,7 +65,7 @@ class Collective:
             "collective-permute": 1,
             "collective-broadcast": 1,
         }
-        return bytes_of(self.operands) * factor.get(self.kind, others / self.group)
+        return nbytes(self.operands) * factor.get(self.kind, others / self.group)
 
 
 def collectives(compiled: Any) -> tuple[Collective, ...]:
@@ -90,7 +90,10 @@ def collectives(compiled: Any) -> tuple[Collective, ...]:
     >>> one.kind, one.operands[0].shape, one.group, one.count, one.sent
     ('all-reduce', (2, 3), 2, 1, 24.0)
     """
-    found = (_collective(module, run) for module in modules(compiled) for run in module.walk())
+    text = compiled.as_text()
+    if not text:
+        raise ValueError(f"{type(compiled).__name__} on {jax.default_backend()!r} has no text to read collectives in")
+    found = (_collective(module, run) for module in modules(text) for run in module.walk())
     return tuple(one for one in found if one and one.group > 1)
 
 
@@ -121,9 +124,9 @@ def _collective(module: Module, run: Run) -> Collective | None:
     if line.opcode in ("all-gather-start", "collective-permute-start"):
         results = line.arrays[len(operands) : 2 * len(operands)]  # its operands, its results, and what it waits on
     if kind == "all-reduce" and line.attribute(r"to_apply=%?([\w.\-]+)").endswith("_promoted"):
-        # XLA sums bfloat16 as float32 on a CPU, which has no such sum; other platforms do.
+        # XLA sums bfloat16 as float32 on a CPU, which has no such sum; other platforms have.
         operands, results = (
-            tuple(jax.ShapeDtypeStruct(x.shape, "bfloat16") for x in held) for held in (operands, results)
+            tuple(jax.ShapeDtypeStruct(x.shape, "bfloat16") for x in own) for own in (operands, results)
         )
     name = line.attribute(r'op_name="([^"]*)"')
     return Collective(kind, operands, results, _group(module, kind, line), run.count, run.conditional, name)

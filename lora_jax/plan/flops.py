@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from lora_jax.plan.hlo import Run, bytes_of, modules
+from lora_jax.plan.hlo import Run, modules, nbytes
 
 
 def matrix_flops(compiled: Any) -> int:
@@ -42,11 +42,11 @@ def matrix_bytes(compiled: Any) -> int:
     >>> matrix_bytes(jax.jit(jnp.matmul).lower(jnp.ones((8, 64)), jnp.ones((64, 32))).compile())
     11264
     """
-    return sum(bytes_of((*run.operands, *run.line.arrays)) * count for run, count in _products(compiled))
+    return sum(nbytes((*run.operands, *run.line.arrays)) * count for run, count in _products(compiled))
 
 
 def _products(compiled: Any) -> Iterator[tuple[Run, int]]:
-    for run in (run for module in modules(compiled) for run in module.walk() if run.line.opcode == "dot"):
+    for run in (run for module in modules(compiled.as_text()) for run in module.walk() if run.line.opcode == "dot"):
         if run.count is None:
             raise ValueError(f"{run.line.name!r} is in a loop of an unknown number of rounds: use lax.scan")
         yield run, run.count

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax import compat
 from lora_jax.axes import Axes, Axis, size_of
 from lora_jax.contract import contract, reshape
 from lora_jax.factored import Factored, is_factored
@@ -150,11 +151,13 @@ class Product:
 def _multiply(x: jax.Array, terms: tuple[Network, ...], product: Product) -> jax.Array:
     """The sum of an activation's products with each network. Jitted, so that layers of one form are traced once."""
     shape, dtype = product.result
+    split = compat.over_devices((x, terms))
     y: Any = None if terms else jnp.zeros(shape, dtype)
     for term in terms:
         # In low-rank products the activation is flattened to two dimensions: XLA's CPU back end is slow at skinny
-        # products of more. The plain product with the base leaves it in the shape it has.
-        how = product.with_x_flat() if len(term.operands) > 1 else product
+        # products of more. The plain product with the base leaves it in the shape it has, as do all on a mesh: an axis
+        # made of two, such as batch and sequence, cannot be split along both, and so would be gathered.
+        how = product.with_x_flat() if len(term.operands) > 1 and not split else product
         activation, axes = term.drop(x, how.x_axes)
         activation = reshape(activation, tuple(axis.size for axis in axes))
         part = contract(

@@ -133,10 +133,13 @@ class Variant(abc.ABC):
 
     def axes(self, site: Site) -> dict[str, Axes]:
         """The axes of each factor's dimensions, for those that are operands of `delta` as they are."""
+        # How the factors begin makes no difference, and the default way always can.
+        own = (f for f in dataclasses.fields(self) if not f.compare and f.default is not dataclasses.MISSING)
+        plain = dataclasses.replace(self, **{field.name: field.default for field in own})
 
         def begun() -> Factors:
             key = jax.random.key(0)
-            return {**self.pool(key, [site]), **self.initial(key, jnp.zeros(site.shape), site)[1]}
+            return {**plain.pool(key, [site]), **plain.initial(key, jnp.zeros(site.shape), site)[1]}
 
         found: dict[str, Axes] = {}
 

@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.axes import Axes, Axis, size_of
+from lora_jax.axes import Axes, Axis, weight_axes
 from lora_jax.contract import contract, wider
 from lora_jax.factored import Factored
-from lora_jax.matrices import to_matrices
 from lora_jax.sites import Site
 from lora_jax.variants.base import Factors, rank_axis
 from lora_jax.variants.hyperparameters import check_has_values
@@ -85,20 +84,25 @@ class DoRA(LoRA):
         w, a, b = (lax.stop_gradient(jnp.asarray(x)) for x in (weight, factors["A"], factors["B"]))
         wide = wider(w.dtype, self.dtype, "float32")
         exact = {"precision": lax.Precision.HIGHEST, "preferred_element_type": wide}
-        # Each side as one axis: JAX 0.10 on a CPU multiplies no bfloat16 of more dimensions into float32.
+        # Along the weight's own axes: of two made one, a mesh could split the first alone, and would gather the other.
         batch, inner, outer = site.axes()
-        d, k = Axis("in", size_of(inner)), Axis("out", size_of(outer))
-        r, r2 = rank_axis(self.rank), Axis("other rank", self.rank)
-        sizes = tuple(axis.size for axis in batch)
-        w, a, b = to_matrices(w, site), a.reshape(*sizes, d.size, r.size), b.reshape(*sizes, r.size, k.size)
-        # In the weight's own dtype, so that no wider copy of it is made, but added up in the wide one.
-        w_axes, a_axes, b_axes = (*batch, d, k), (*batch, d, r), (*batch, r, k)
-        projected = contract([(a.astype(w.dtype), a_axes), (w, w_axes)], b_axes, **exact)
+        r, r2 = (rank_axis(self.rank),), (Axis("other rank", self.rank),)
+        w_axes, a_axes, b_axes, kept = weight_axes(site.shape), batch + inner + r, batch + r + outer, batch + outer
+
+        def projection(w: jax.Array, a: jax.Array) -> jax.Array:
+            # In the weight's own dtype, so that no wider copy of it is made, but added up in the wide one.
+            return contract([(a.astype(w.dtype), a_axes), (w, w_axes)], b_axes, **exact)
+
+        def widened(w: jax.Array, a: jax.Array) -> jax.Array:
+            return projection(w.astype(wide), a)
+
+        # On a CPU, XLA makes a wider copy itself, or fails to.
+        projected = (
+            projection(w, a) if w.dtype == wide else lax.platform_dependent(w, a, cpu=widened, default=projection)
+        )
         a, b = a.astype(wide), b.astype(wide)
-        gram = contract([(a, a_axes), (a, (*batch, d, r2))], (*batch, r, r2), **exact)
-        crossed = contract([(gram, (*batch, r, r2)), (b, (*batch, r2, k))], b_axes, **exact)
+        gram = contract([(a, a_axes), (a, batch + inner + r2)], batch + r + r2, **exact)
+        crossed = contract([(gram, batch + r + r2), (b, batch + r2 + outer)], b_axes, **exact)
         both = 2 * self.scale * projected + self.scale**2 * crossed
-        kept = (*batch, k)
         squares = contract([(w, w_axes), (w, w_axes)], kept, **exact) + contract([(both, b_axes), (b, b_axes)], kept)
-        # Rounding alone could make it negative.
-        return jnp.maximum(squares, 0).reshape(*sizes, *(axis.size for axis in outer))
+        return jnp.maximum(squares, 0)  # rounding alone could make it negative
