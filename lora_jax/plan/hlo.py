@@ -7,7 +7,7 @@ import functools
 import math
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,8 @@ class Instruction:
         return found[1] if found else ""
 
 
-class Run(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Run:
     """An instruction, and what is known of when it runs.
 
     Attributes:
@@ -88,7 +89,7 @@ class Module:
         return int(found[1]) if found else 1
 
     def walk(self) -> Iterator[Run]:
-        """Every instruction of the entry, and of what it calls, in the order in which their computations are written."""
+        """Every instruction of the entry, and of what it calls, in the order in which they are written."""
         return self._walk(self.entry, 1, False)
 
     def _walk(self, computation: str, count: int | None, conditional: bool) -> Iterator[Run]:
