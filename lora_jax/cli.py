@@ -1,4 +1,4 @@
-"""The command line: `lora-jax demo`."""
+"""The command line: `lora-jax demo` and `lora-jax plan`."""
 
 from __future__ import annotations
 
@@ -33,6 +33,22 @@ examples:
 It uses all devices of the machine, and of several machines when started on each
 of them, by srun, mpirun or with JAX_COORDINATOR_ADDRESS=host:port,
 JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment.
+"""
+PLAN = """\
+What a step of LoRA on a Llama takes: the memory of each device, arithmetic,
+collectives, and the time on chips by name. It needs no weights and no
+accelerator: the step is compiled for a mesh of virtual devices, and read.
+Without --mesh it finds the fewest chips of each kind that hold the step.
+"""
+PLAN_EXAMPLES = """\
+CONFIG is a Hugging Face config.json, or the directory that it is in.
+
+examples:
+  lora-jax plan config.json --batch 8
+  lora-jax plan config.json --mesh fsdp=8 --batch 8 --rank 64 --remat full
+  lora-jax plan config.json --mesh data=2,fsdp=4,tp=8 --batch 16 --chip v5p
+  lora-jax plan config.json --mesh fsdp=8 --batch 8 --variant Full
+                                        full fine-tuning of these leaves
 """
 
 
@@ -93,10 +109,18 @@ def demo(arguments: argparse.Namespace) -> None:
         print(f"\nWritten to {out}: {figure}results.json, and the adapters, *.safetensors")
 
 
+def plan(arguments: argparse.Namespace) -> None:
+    """The planning tool: see `lora_jax.plan.command`."""
+    from lora_jax.plan import command
+
+    command.run(arguments)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="lora-jax", description="LoRA for any JAX function over any pytree.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
     _add_demo(commands)
+    _add_plan(commands)
     return parser
 
 
@@ -118,6 +142,37 @@ def _add_demo(commands: Any) -> None:
     option("--full", action="store_true", help="full fine-tuning too")
     option("--quick", action="store_true", help="few sentences and few steps, to see that it works")
     option("--no-figure", action="store_true", help="no figure.png, for which matplotlib is needed")
+    option("--debug", action="store_true", help="show where an error comes from")
+
+
+def _add_plan(commands: Any) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="what a training step takes: memory, arithmetic, network, time; and on how many chips",
+        description=PLAN,
+        epilog=PLAN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=plan)
+    option = parser.add_argument
+    option("config", metavar="CONFIG", type=Path, help="a config.json of the Llama family")
+    option("--mesh", metavar="AXES", help="devices by axis, of data, fsdp and tp: fsdp=8,tp=4")
+    option("--batch", metavar="N", type=_whole(1), default=8, help="sequences in a step (default: %(default)s)")
+    option("--length", metavar="N", type=_whole(1), default=2048, help="tokens in each (default: %(default)s)")
+    option("--variant", metavar="NAME", default="LoRA", help="LoRA, DoRA, Full ... (default: %(default)s)")
+    option("--rank", metavar="N", type=_whole(1), default=16, help="of the factors (default: %(default)s)")
+    option(
+        "--targets", metavar="WHICH", default="all-linear", help="all-linear (default), attention, or a regex of paths"
+    )
+    option("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base (default: %(default)s)")
+    option(
+        "--remat",
+        choices=("none", "products", "full"),
+        default="products",
+        help="what of a layer the backward pass makes anew: nothing, all but products of weights (default), everything",
+    )
+    option("--chip", metavar="NAMES", help="H100,H200,v5e,v5p,v6e, or some of these (default: all)")
+    option("--json", metavar="FILE", type=Path, help="all numbers, for programs")
     option("--debug", action="store_true", help="show where an error comes from")
 
 

@@ -34,6 +34,11 @@ def parts(closed: Any) -> tuple[Any, Sequence[Any]]:
     return getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
 
 
+def keeps_bfloat16() -> bool:
+    """Whether XLA can compile bfloat16 for the CPU as it is: JAX 0.10 has no product of it, and converts to float32."""
+    return jax.__version_info__ >= (0, 12)
+
+
 def is_literal(atom: Any) -> bool:
     """Whether an equation's operand is a constant written in place."""
     return isinstance(atom, jax.extend.core.Literal)

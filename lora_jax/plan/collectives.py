@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 
-from lora_jax.plan.hlo import Arrays, Instruction, Module, modules, nbytes
+from lora_jax.plan.hlo import Arrays, Instruction, Module, Run, modules, nbytes
 
 KINDS = (
     "all-reduce",
@@ -93,8 +93,8 @@ def collectives(compiled: Any) -> tuple[Collective, ...]:
     text = compiled.as_text()
     if not text:
         raise ValueError(f"{type(compiled).__name__} on {jax.default_backend()!r} has no text to read collectives in")
-    found = (_of(module, module.entry, 1, False) for module in modules(text))
-    return tuple(x for part in found for x in part if x.group > 1)
+    found = (_collective(module, run) for module in modules(text) for run in module.walk())
+    return tuple(one for one in found if one and one.group > 1)
 
 
 def bytes_sent(found: Iterable[Collective]) -> float:
@@ -113,35 +113,23 @@ def bytes_sent(found: Iterable[Collective]) -> float:
     return sum(one.sent * (one.count or 0) for one in found)
 
 
-def _of(module: Module, computation: str, count: int | None, conditional: bool) -> Iterator[Collective]:
-    """Those of a computation that runs so often, and of what it calls."""
-    for line in module.computations[computation].values():
-        kind = line.opcode.removesuffix("-start")
-        if kind in KINDS:
-            found = _collective(module, module.computations[computation], kind, line)
-            yield dataclasses.replace(found, count=count, conditional=conditional)
-        elif line.opcode == "send" and "is_host_transfer=true" not in line.rest:
-            raise ValueError(f"{line.name!r} is a send from device to device, whose group is unknown")
-        elif line.opcode == "while":
-            times = module.trip_count(computation, line)
-            inner = None if times is None or count is None else count * times
-            yield from _of(module, line.attribute(r"body=%?([\w.\-]+)"), inner, conditional)
-            yield from _of(module, line.attribute(r"condition=%?([\w.\-]+)"), inner, conditional)
-        elif line.opcode == "conditional":
-            branches = line.attribute(r"branch_computations=\{([^}]*)\}").split(", ")
-            both = [line.attribute(rf"{which}_computation=(%?[\w.\-]+)") for which in ("true", "false")]
-            for name in filter(None, (*branches, *both)):
-                yield from _of(module, name.removeprefix("%"), count, True)
-        elif line.opcode in ("fusion", "call", "async-start"):
-            yield from _of(module, line.attribute(r"(?:calls|to_apply)=%?([\w.\-]+)"), count, conditional)
-
-
-def _collective(module: Module, lines: dict[str, Instruction], kind: str, line: Instruction) -> Collective:
-    operands = tuple(x for name in line.operands for x in lines[name].arrays)
-    results = line.arrays
+def _collective(module: Module, run: Run) -> Collective | None:
+    """The collective that an instruction is, if it is one."""
+    line, operands, results = run.line, run.operands, run.line.arrays
+    kind = line.opcode.removesuffix("-start")
+    if line.opcode == "send" and "is_host_transfer=true" not in line.rest:
+        raise ValueError(f"{line.name!r} is a send from device to device, whose group is unknown")
+    if kind not in KINDS:
+        return None
     if line.opcode in ("all-gather-start", "collective-permute-start"):
         results = line.arrays[len(operands) : 2 * len(operands)]  # its operands, its results, and what it waits on
-    return Collective(kind, operands, results, _group(module, kind, line), name=line.attribute(r'op_name="([^"]*)"'))
+    if kind == "all-reduce" and line.attribute(r"to_apply=%?([\w.\-]+)").endswith("_promoted"):
+        # XLA sums bfloat16 as float32 on a CPU, which has no such sum; other platforms have.
+        operands, results = (
+            tuple(jax.ShapeDtypeStruct(x.shape, "bfloat16") for x in own) for own in (operands, results)
+        )
+    name = line.attribute(r'op_name="([^"]*)"')
+    return Collective(kind, operands, results, _group(module, kind, line), run.count, run.conditional, name)
 
 
 def _group(module: Module, kind: str, line: Instruction) -> int:

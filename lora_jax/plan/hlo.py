@@ -46,6 +46,23 @@ class Instruction:
         return found[1] if found else ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """An instruction, and what is known of when it runs.
+
+    Attributes:
+      line: The instruction.
+      operands: The arrays that it takes.
+      count: How often it runs in one run of the program; None in a loop whose trip count is not known.
+      conditional: Whether it is in a branch of a conditional, where it may not run; `count` is as if it did.
+    """
+
+    line: Instruction
+    operands: Arrays
+    count: int | None
+    conditional: bool
+
+
 class Module:
     """A module's computations, each a dict from name to instruction.
 
@@ -70,6 +87,28 @@ class Module:
         """A number in the module's first line, such as num_partitions; 1 if it is not there."""
         found = re.search(rf"\b{name}=(\d+)", self.first)
         return int(found[1]) if found else 1
+
+    def walk(self) -> Iterator[Run]:
+        """Every instruction of the entry, and of what it calls, in the order in which they are written."""
+        return self._walk(self.entry, 1, False)
+
+    def _walk(self, computation: str, count: int | None, conditional: bool) -> Iterator[Run]:
+        lines = self.computations[computation]
+        for line in lines.values():
+            operands = (x for name in line.operands if name in lines for x in lines[name].arrays)
+            yield Run(line, tuple(operands), count, conditional)
+            if line.opcode == "while":
+                times = self.trip_count(computation, line)
+                inner = None if times is None or count is None else count * times
+                yield from self._walk(line.attribute(r"body=%?([\w.\-]+)"), inner, conditional)
+                yield from self._walk(line.attribute(r"condition=%?([\w.\-]+)"), inner, conditional)
+            elif line.opcode == "conditional":
+                branches = line.attribute(r"branch_computations=\{([^}]*)\}").split(", ")
+                both = [line.attribute(rf"{which}_computation=(%?[\w.\-]+)") for which in ("true", "false")]
+                for name in filter(None, (*branches, *both)):
+                    yield from self._walk(name.removeprefix("%"), count, True)
+            elif line.opcode in ("fusion", "call", "async-start"):
+                yield from self._walk(line.attribute(r"(?:calls|to_apply)=%?([\w.\-]+)"), count, conditional)
 
     def trip_count(self, computation: str, loop: Instruction) -> int | None:
         """How often the body of a `while` runs, where the compiler says so or the loop counts from 0 in steps of 1."""

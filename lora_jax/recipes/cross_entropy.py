@@ -54,7 +54,8 @@ def cross_entropy(
     rest = -labels.size % chunk
     rows = x.reshape(-1, x.shape[-1]), labels.ravel(), weights.ravel()
     padded = [jnp.pad(row, [(0, rest)] + [(0, 0)] * (row.ndim - 1)) for row in rows]
-    chunks = [row.reshape(-1, chunk, *row.shape[1:]) for row in padded]
+    # Chunk i has every n-th token from the i-th on, so that tokens split over devices stay where they are.
+    chunks = [jnp.swapaxes(row.reshape(chunk, -1, *row.shape[1:]), 0, 1) for row in padded]
     return _scanned(jax.checkpoint(_loss), head, *chunks) if recompute else _with_gradient(head, *chunks)
 
 
