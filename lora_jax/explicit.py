@@ -26,15 +26,22 @@ def under_automatic_axes(fun: Callable[..., Any], *operands: Any, out: Any) -> A
     Args:
       fun: Any function.
       *operands: Any pytrees.
-      out: How what `fun` returns is to be sharded, if it is not None: like its result, a `NamedSharding` for each array
-        and for each Factored value.
+      out: How what `fun` returns is to be sharded, unless it is None or NotImplemented: like its result, a
+        `NamedSharding` for each array and for each Factored value. One without a mesh stands for a whole array.
     """
     mesh = compat.explicit_mesh(operands)
     if mesh is None:
         return fun(*operands)
     with compat.automatic_axes(mesh) as automatic:
         result = fun(*jax.tree.map(lambda x: _moved(x, automatic), operands))
-    return jax.tree.map(typed, result, out, is_leaf=lambda x: x is None or is_factored(x))
+    if result is None or result is NotImplemented:
+        return result
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def returned(value: Any, sharding: NamedSharding) -> Any:
+        return value if value is None else typed(value, whole if sharding.mesh.empty else sharding)
+
+    return jax.tree.map(returned, result, out, is_leaf=lambda x: x is None or is_factored(x))
 
 
 def _moved(array: Any, mesh: Any) -> Any:
@@ -42,10 +49,8 @@ def _moved(array: Any, mesh: Any) -> Any:
     return jax.sharding.reshard(array, NamedSharding(mesh, PartitionSpec())) if explicit else array
 
 
-def typed(value: Any, sharding: Any) -> Any:
+def typed(value: Any, sharding: NamedSharding) -> Any:
     """An array or a Factored value with the type of that sharding, as operands have it along the axes they share."""
-    if value is None or not isinstance(sharding, NamedSharding):
-        return value
     if not is_factored(value):
         return jax.sharding.reshard(value, sharding)
     mesh, shards = sharding.mesh, shards_of(value, sharding.spec, sharding.mesh) or {}
@@ -63,16 +68,13 @@ def explicit_sharding(array: Any) -> NamedSharding | None:
 
 def sharded_alike(fun: Callable[..., Any], value: Factored, *others: Any) -> Any:
     """`fun(value, *others)`, computed under automatic axes, which is then sharded as the value is."""
-    return under_automatic_axes(fun, value, *others, out=own_sharding(value))
-
-
-def own_sharding(value: Factored) -> NamedSharding | None:
-    """The sharding of a whole value over explicit axes, from the types of its operands; None where none is explicit."""
-    mesh = compat.explicit_mesh(value)
-    return None if mesh is None else NamedSharding(mesh, own_spec(value))
+    mesh = compat.explicit_mesh((value, others))
+    return under_automatic_axes(fun, value, *others, out=mesh and NamedSharding(mesh, own_spec(value)))
 
 
 def stand_in(value: Factored) -> Any:
     """`value.stand_in` with the type of the value, if axes are explicit."""
-    sharding = own_sharding(value)
-    return value.stand_in if sharding is None else jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+    mesh = compat.explicit_mesh(value)
+    if mesh is None:
+        return value.stand_in
+    return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=NamedSharding(mesh, own_spec(value)))

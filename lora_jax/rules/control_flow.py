@@ -16,7 +16,7 @@ from jax import lax
 
 from lora_jax import compat, joint
 from lora_jax.axes import Axes, Axis
-from lora_jax.explicit import own_sharding, sharded_alike, under_automatic_axes
+from lora_jax.explicit import sharded_alike
 from lora_jax.factored import Factored, is_factored
 from lora_jax.interpreter import Interpreter, rule
 from lora_jax.network import Network
@@ -89,9 +89,8 @@ def _weights_of(interpreter: Interpreter, index: Any, branches: Any, operands: A
     for i, ys in zip([i for i, yes in enumerate(wanted) if yes], _t(found), strict=True):
         first = next(filter(is_factored, ys))
         cases = [y if is_factored(y) else first for y in ys]
-        row, sharding = which.reshape((1,) * first.ndim), own_sharding(first)
-        differ = any(y is not first for y in cases)
-        value = under_automatic_axes(joint.choose, row, cases, out=sharding) if differ else first
+        row, differ = which.reshape((1,) * first.ndim), any(y is not first for y in cases)
+        value = sharded_alike(lambda _, *args: joint.choose(*args), first, row, cases) if differ else first
         weights.update({} if value is None else {i: value})
     return weights
 
