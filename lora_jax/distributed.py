@@ -29,7 +29,7 @@ def initialize(environment: Mapping[str, str] = os.environ) -> None:
     Raises:
       ValueError: Some of the three variables are set, and others neither set nor known from a launcher; or one of them
         is no address, or no number.
-      RuntimeError: JAX has computed already, or the processes do not find each other.
+      RuntimeError: JAX has computed already, or the processes do not reach each other.
     """
     given = {name: environment[name] for name in NAMES if environment.get(name)}
     if jax.distributed.is_initialized() or not (given or _launched(environment)):
@@ -47,7 +47,10 @@ def initialize(environment: Mapping[str, str] = os.environ) -> None:
         if number and not number.isdecimal():
             raise ValueError(f"{name}={number} is no whole number")
     count, process = (int(number) if number else None for number in numbers)
-    jax.distributed.initialize(address, count, process)
+    try:
+        jax.distributed.initialize(address, count, process)
+    except ValueError as error:
+        raise ValueError(f"JAX does not know who takes part ({error}): set {', '.join(NAMES)}") from error
 
 
 def _launched(environment: Mapping[str, str]) -> bool:

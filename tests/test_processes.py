@@ -151,5 +151,16 @@ def test_an_environment_that_names_half_of_it_is_an_error(wrong, message):
         distributed.initialize({**THREE, **wrong})
 
 
+def test_a_launcher_that_jax_cannot_follow_is_an_error(monkeypatch):
+    """As Open MPI's fifth version is to JAX 0.10."""
+
+    def initialize(*_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(ValueError, match=r"JAX does not know who takes part .*: set JAX_COORDINATOR_ADDRESS, JAX_NUM"):
+        distributed.initialize({"OMPI_COMM_WORLD_SIZE": "2"})
+
+
 if __name__ == "__main__":
     process(Path(sys.argv[1]))
