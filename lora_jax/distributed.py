@@ -21,7 +21,8 @@ def initialize(environment: Mapping[str, str] = os.environ) -> None:
         export JAX_COORDINATOR_ADDRESS=localhost:1234 JAX_NUM_PROCESSES=2
         JAX_PROCESS_ID=0 lora-jax demo & JAX_PROCESS_ID=1 lora-jax demo; wait
 
-    Or by what `srun`, Open MPI's `mpirun` and TPU pods set, which JAX reads itself. Otherwise nothing is done.
+    (Processes that share a machine's GPUs need `JAX_LOCAL_DEVICE_IDS`, too.) Or by what `srun`, Open MPI's `mpirun` and
+    TPU pods set, which JAX reads itself. Otherwise nothing is done.
 
     Args:
       environment: Variables by name.
@@ -48,7 +49,9 @@ def initialize(environment: Mapping[str, str] = os.environ) -> None:
             raise ValueError(f"{name}={number} is no whole number")
     count, process = (int(number) if number else None for number in numbers)
     try:
-        jax.distributed.initialize(address, count, process)
+        # Where all is given, JAX asks no launcher for it.
+        method = "deactivate" if len(given) == len(NAMES) else None
+        jax.distributed.initialize(address, count, process, cluster_detection_method=method)
     except ValueError as error:
         raise ValueError(f"JAX does not know who takes part ({error}): set {', '.join(NAMES)}") from error
 
