@@ -21,7 +21,8 @@ def initialize(environment: Mapping[str, str] = os.environ) -> None:
         export JAX_COORDINATOR_ADDRESS=localhost:1234 JAX_NUM_PROCESSES=2
         JAX_PROCESS_ID=0 lora-jax demo & JAX_PROCESS_ID=1 lora-jax demo; wait
 
-    Or by what `srun`, Open MPI's `mpirun` and TPU pods set, which JAX reads itself. Otherwise nothing is done.
+    (Processes that share a machine's GPUs need `JAX_LOCAL_DEVICE_IDS`, too.) Or by what `srun`, Open MPI's `mpirun` and
+    TPU pods set, which JAX reads itself. Otherwise nothing is done.
 
     Args:
       environment: Variables by name.
@@ -29,7 +30,7 @@ def initialize(environment: Mapping[str, str] = os.environ) -> None:
     Raises:
       ValueError: Some of the three variables are set, and others neither set nor known from a launcher; or one of them
         is no address, or no number.
-      RuntimeError: JAX has computed already, or the processes do not find each other.
+      RuntimeError: JAX has computed already, or the processes do not reach each other.
     """
     given = {name: environment[name] for name in NAMES if environment.get(name)}
     if jax.distributed.is_initialized() or not (given or _launched(environment)):
@@ -47,7 +48,12 @@ def initialize(environment: Mapping[str, str] = os.environ) -> None:
         if number and not number.isdecimal():
             raise ValueError(f"{name}={number} is no whole number")
     count, process = (int(number) if number else None for number in numbers)
-    jax.distributed.initialize(address, count, process)
+    try:
+        # Where all is given, JAX asks no launcher for it.
+        method = "deactivate" if len(given) == len(NAMES) else None
+        jax.distributed.initialize(address, count, process, cluster_detection_method=method)
+    except ValueError as error:
+        raise ValueError(f"JAX does not know who takes part ({error}): set {', '.join(NAMES)}") from error
 
 
 def _launched(environment: Mapping[str, str]) -> bool:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PATIENCE = 240  # seconds, on a machine that does other things too
+PATIENCE = 300  # seconds, on a machine that does other things too
 
 
 def variables(count, process, port):

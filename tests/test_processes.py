@@ -133,7 +133,7 @@ THREE = {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "4", "JAX_PRO
 )
 def test_the_environment_names_the_others(environment, expected, monkeypatch):
     given = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments: given.append(arguments))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, cluster_detection_method: given.append(args))
     distributed.initialize(environment)
     assert given == ([] if expected is None else [expected])
 
@@ -149,6 +149,17 @@ def test_the_environment_names_the_others(environment, expected, monkeypatch):
 def test_an_environment_that_names_half_of_it_is_an_error(wrong, message):
     with pytest.raises(ValueError, match=message):
         distributed.initialize({**THREE, **wrong})
+
+
+def test_a_launcher_that_jax_cannot_follow_is_an_error(monkeypatch):
+    """As Open MPI's fifth version is to JAX 0.10."""
+
+    def initialize(*_, **__):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(ValueError, match=r"JAX does not know who takes part .*: set JAX_COORDINATOR_ADDRESS, JAX_NUM"):
+        distributed.initialize({"OMPI_COMM_WORLD_SIZE": "2"})
 
 
 if __name__ == "__main__":

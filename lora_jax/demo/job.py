@@ -17,7 +17,7 @@ from lora_jax import tree
 from lora_jax.demo import corpus
 from lora_jax.demo.batches import apply, draw, encode, labels
 from lora_jax.demo.encoder import Encoder
-from lora_jax.demo.parallel import everywhere, parallel, spread
+from lora_jax.demo.parallel import everywhere, parallel
 from lora_jax.demo.task import Task
 from lora_jax.models.classifier import add_head
 
@@ -173,7 +173,7 @@ def compete(contender: Contender, task: Task, settings: Settings, watch: Watch) 
     if contender is PROBE:
         watch(contender.name, 0, PROBE_STEPS, "encoding")
         features = apply(parallel(task.features), task.params, task.train)
-        everything = spread({"features": features, "labels": task.train_labels})
+        everything = everywhere(jax.device_put({"features": features, "labels": task.train_labels}))
         loss_fn, batches = task.loss_of_head, [everything] * PROBE_STEPS
     else:
         watch(contender.name, 0, settings.steps, "compiling")

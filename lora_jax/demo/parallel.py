@@ -33,8 +33,6 @@ def spread(batch: Any) -> Any:
 
     Each process has the whole batch, and puts on its devices what belongs there; arrays that lie there already stay.
     """
-    if jax.device_count() == 1:
-        return jax.device_put(batch)
     examples = len(jax.tree.leaves(batch)[0])
     parts = math.gcd(examples, jax.device_count())
     return jax.tree.map(lambda x: _placed(x, NamedSharding(_mesh(parts), PartitionSpec("data"))), batch)
