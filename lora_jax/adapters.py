@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import tree
 from lora_jax.choice import Rules, choose
+from lora_jax.explicit import sharded_alike
 from lora_jax.factored import Factored, is_factored
 from lora_jax.factors import Adapter, LoraParams, key_of, pools, together
 from lora_jax.materialize import materialize
@@ -227,7 +228,8 @@ def applied_to(leaf: Any, path: str, adapter: Adapter, undo: bool = False) -> An
 
     def apply(leaf: Any, factors: Mapping[str, Any]) -> Any:
         held = {n: lax.stop_gradient(x) if labels.get(n) == FROZEN else x for n, x in factors.items()}
-        return (variant.undo if undo else variant.apply)(Factored.of(leaf, path), held, adapter.site)
+        make: Any = variant.undo if undo else variant.apply
+        return sharded_alike(lambda *args: make(*args, adapter.site), Factored.of(leaf, path), held)
 
     abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in (leaf, *adapter.factors.values()))
     return jax.eval_shape(apply, leaf, adapter.factors) if abstract else apply(leaf, adapter.factors)

@@ -15,6 +15,7 @@ from jax._src import source_info_util
 from jax._src.interpreters import partial_eval
 from jax._src.lax import parallel
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import AxisType
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -190,3 +191,26 @@ def all_gather_invariant(array: Any, names: Any) -> Any:
     # JAX 0.12 has it under the first name, JAX 0.10 under the second.
     gather = getattr(parallel, "all_gather_invariant", None) or parallel._all_gather_invariant  # pyright: ignore
     return gather(array, names, axis=0, tiled=False)
+
+
+def explicit_mesh(tree: Any) -> Any:
+    """The mesh over whose explicit axes arrays of a tree are sharded by their types; None where there is none."""
+    for leaf in jax.tree.leaves(tree):
+        mesh = getattr(getattr(jax.typeof(leaf), "sharding", None), "mesh", None)
+        if mesh is not None and mesh.explicit_axes:
+            return mesh
+    return None
+
+
+@contextlib.contextmanager
+def automatic_axes(mesh: Any) -> Iterator[Any]:
+    """The same mesh with its explicit axes made automatic, as that of new equations."""
+    automatic = mesh.update_axis_types(dict.fromkeys(mesh.explicit_axes, AxisType.Auto))
+    with jax.sharding.use_abstract_mesh(automatic):
+        yield automatic
+
+
+def without_shardings(eqn: Any) -> Any:
+    """An equation that does not say how its result is sharded over explicit axes."""
+    said = [name for name in ("out_sharding", "sharding") if eqn.params.get(name) is not None]
+    return eqn.replace(params={**eqn.params, **dict.fromkeys(said)}) if said else eqn

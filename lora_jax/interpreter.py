@@ -18,6 +18,7 @@ import numpy as np
 
 from lora_jax import compat
 from lora_jax.axes import Axis
+from lora_jax.explicit import sharded_alike, under_automatic_axes
 from lora_jax.factored import Factored, is_factored
 from lora_jax.materialize import cost_of, materialize, total
 from lora_jax.order import Cost
@@ -27,21 +28,24 @@ from lora_jax.uses import Use, dimensions
 Rule = Callable[..., Any]
 
 RULES: dict[str, Rule] = {}
+TYPED: set[str] = set()
 
 
 class MaterializeError(TypeError):
     """A primitive needs the whole matrix W + ΔW, which `lift` forms only where it is allowed to."""
 
 
-def rule(*primitives: str) -> Callable[[Rule], Rule]:
+def rule(*primitives: str, typed: bool = False) -> Callable[[Rule], Rule]:
     """Registers `rule(interpreter, eqn, *operands)` for these primitives.
 
     At least one operand is Factored. The rule returns the equation's result (a list of them where the primitive has
-    several), or NotImplemented where the factors cannot be kept apart.
+    several), or NotImplemented where the factors cannot be kept apart. It sees no explicit mesh axes (see `explicit`),
+    unless it is `typed`: then arrays keep their types, as the user's body that it interprets expects.
     """
 
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(primitives, function))
+        TYPED.update(primitives if typed else ())
         return function
 
     return register
@@ -103,14 +107,35 @@ class Interpreter:
             return results
         outer, self.around = self.around, (*self.around, eqn)
         try:
-            out = RULES.get(eqn.primitive.name, _no_rule)(self, eqn, *operands)
+            results = self._ruled(eqn, operands)
         finally:
             self.around = outer
-        if out is not NotImplemented:
-            results = out if eqn.primitive.multiple_results else [out]
-            before = next(filter(is_factored, operands))
-            return [self.settled(y, before, eqn) if is_factored(y) else y for y in results]
+        if results is not NotImplemented:
+            return results
         return compat.bind(eqn, [self.form(x, eqn) if is_factored(x) else x for x in operands])
+
+    def _ruled(self, eqn: Any, operands: list[Any]) -> Any:
+        """What the rule of an equation makes of it, as a list; under automatic axes, if any are explicit."""
+
+        def ruled(eqn: Any, operands: list[Any]) -> Any:
+            rule = RULES.get(eqn.primitive.name)
+            out = rule(self, eqn, *operands) if rule else NotImplemented
+            if out is NotImplemented:
+                return out
+            before = next(filter(is_factored, operands))
+            results = out if eqn.primitive.multiple_results else [out]
+            return [self.settled(y, before, eqn) if is_factored(y) else y for y in results]
+
+        if eqn.primitive.name in TYPED or compat.explicit_mesh(operands) is None:
+            return ruled(eqn, operands)
+        spread = {i: self.spread[id(x)] for i, x in enumerate(operands) if id(x) in self.spread}
+
+        def automatic(operands: list[Any], small: dict[int, Any]) -> Any:
+            self.spread |= {id(operands[i]): (operands[i], spread[i][1], x) for i, x in small.items()}
+            return ruled(compat.without_shardings(eqn), operands)
+
+        types = [v.aval.sharding for v in eqn.outvars]
+        return under_automatic_axes(automatic, operands, {i: x for i, (*_, x) in spread.items()}, out=types)
 
     def call(self, eqn: Any, transform: Callable[[Any], Any], settings: Any, *operands: Any) -> list[Any]:
         """The results of `transform` of an equation's body, which is traced once for all leaves of the same form.
@@ -205,7 +230,7 @@ class Interpreter:
             self.record(value, eqn, "embedding", [axis for axis in before.axes if axis not in value.axes], value.axes)
         else:
             self.record(value, eqn, "vector")
-        return total(value)
+        return sharded_alike(total, value)
 
     def form(self, value: Factored, eqn: Any) -> jax.Array:
         """The whole matrix, for an equation that cannot do without it; or a vector, which is no more than its factors.
@@ -226,7 +251,3 @@ class Interpreter:
                 "this path out of the rules."
             )
         return materialize(value)
-
-
-def _no_rule(*_: Any) -> Any:
-    return NotImplemented

@@ -14,6 +14,7 @@ import jax
 import jax.core
 
 from lora_jax import compat
+from lora_jax.explicit import stand_in
 from lora_jax.factored import Factored, is_factored
 from lora_jax.interpreter import Interpreter
 from lora_jax.strategy import Strategy, planned
@@ -45,7 +46,8 @@ def lift(
     keyword, may hold Factored leaves; all others (arrays, strings, flags, None, callables) reach the function as they
     are, and what it does with arrays is traced, as under `jax.jit`. Without any Factored leaf the function is called as
     it is. Works bare and as a decorator, under and over `jax.jit`, `jax.grad`, `jax.vmap`, `jax.checkpoint` and their
-    kin. A call traces the function: put it under `jax.jit`, as one would any other.
+    kin, and on any mesh: where its axes are explicit, results are sharded as the function says. A call traces the
+    function: put it under `jax.jit`, as one would any other.
 
     Args:
       fun: A function of any pytrees, that returns any pytree.
@@ -152,7 +154,7 @@ def _trace(fun: Any, leaves: list[Any], treedef: Any, weights: dict[int, Factore
         returned[:] = [out_tree, traced, [None if t else leaf for leaf, t in zip(out, traced, strict=True)]]
         return [leaf for leaf, t in zip(out, traced, strict=True) if t]
 
-    jaxpr = compat.trace(flat, *(weight.stand_in for weight in weights.values()))
+    jaxpr = compat.trace(flat, *map(stand_in, weights.values()))
     out_tree, traced, static = returned
 
     def rebuild(results: list[Any]) -> Any:

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 
 from lora_jax.axes import Axes
 from lora_jax.contract import contract, reshape
+from lora_jax.explicit import sharded_alike
 from lora_jax.factored import Factored
 from lora_jax.network import Network
 from lora_jax.order import Cost, letters, work
@@ -29,20 +30,20 @@ def materialize(value: Factored, sharding: NamedSharding | None = None) -> jax.A
     Returns:
       An array of `value.shape` and `value.dtype`.
     """
-    formed = _forming(sharding)(dataclasses.replace(value, paths=()))
-    return jax.block_until_ready(formed) if sharding else formed
+    array = _forming(sharding)(dataclasses.replace(value, paths=()))
+    return jax.block_until_ready(array) if sharding else array
 
 
 @functools.cache
 def _forming(sharding: NamedSharding | None) -> Callable[[Factored], jax.Array]:
     """Jitted, so that it is compiled once for all leaves of a form, and holds no temporary that it need not."""
 
-    def formed(value: Factored) -> jax.Array:
+    def array(value: Factored) -> jax.Array:
         dtypes = {jnp.dtype("float32"), value.dtype, *(x.dtype for delta in value.deltas for x in delta.operands)}
         wide = max(dtypes, key=lambda dtype: dtype.itemsize) if value.deltas else value.dtype
-        return total(value, wide, lax.Precision.HIGHEST)
+        return sharded_alike(lambda value: total(value, wide, lax.Precision.HIGHEST), value)
 
-    return jax.jit(formed, out_shardings=sharding)
+    return jax.jit(array, out_shardings=sharding)
 
 
 def total(value: Factored, dtype: Any = None, precision: Any = None) -> jax.Array:
@@ -51,12 +52,12 @@ def total(value: Factored, dtype: Any = None, precision: Any = None) -> jax.Arra
         return jnp.zeros(value.shape, value.dtype)
     wide = dtype or value.dtype
 
-    def formed(term: Network) -> jax.Array:
+    def product(term: Network) -> jax.Array:
         (first, axes), *rest = term.at(dtype)
         operands = [(first.astype(wide), axes), *rest]
         return contract(operands, value.axes, frozen=term.frozen, dtype=wide, precision=precision).astype(wide)
 
-    return reshape(functools.reduce(jnp.add, map(formed, value.terms)).astype(value.dtype), value.shape)
+    return reshape(functools.reduce(jnp.add, map(product, value.terms)).astype(value.dtype), value.shape)
 
 
 def cost_of(value: Factored, rows: Axes = ()) -> Cost:

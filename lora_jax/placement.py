@@ -49,7 +49,7 @@ def is_spec(leaf: Any) -> bool:
 
 def ways(entry: Any, mesh: Any) -> int:
     """How many parts an entry of a PartitionSpec makes."""
-    return math.prod(mesh.shape[name] for name in _names(entry))
+    return math.prod(mesh.shape[name] for name in names_of(entry))
 
 
 def check_fits(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Any = None) -> None:
@@ -59,7 +59,7 @@ def check_fits(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Any
     for d, entry in enumerate(spec):
         if mesh is None or entry is PartitionSpec.UNCONSTRAINED:
             continue
-        if absent := [name for name in _names(entry) if name not in mesh.shape]:
+        if absent := [name for name in names_of(entry) if name not in mesh.shape]:
             raise ValueError(
                 f"{path!r} {shape}: {spec} names {absent[0]!r}, and the mesh has the axes {dict(mesh.shape)}: give "
                 "specs in its axes (flax.linen.logical_to_mesh translates logical names)"
@@ -71,5 +71,6 @@ def check_fits(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Any
             )
 
 
-def _names(entry: Any) -> tuple[str, ...]:
+def names_of(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of an entry of a PartitionSpec."""
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)

@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from lora_jax import tree
 from lora_jax.axes import Axes, weight_axes
 from lora_jax.choice import first_matches
+from lora_jax.explicit import explicit_sharding, under_automatic_axes
 from lora_jax.factors import Adapter, is_adapter
 from lora_jax.placement import by_path, check_fits, is_spec, on_mesh, placement, spec_of
 from lora_jax.sites import Site
@@ -127,7 +128,7 @@ def starter() -> Callable[[jax.Array, Any, Variant, Site], tuple[Any, Factors]]:
     programs: dict[Any, tuple[Variant, Any]] = {}
 
     def start(key: jax.Array, leaf: Any, variant: Variant, site: Site) -> tuple[Any, Factors]:
-        sharding = on_mesh(leaf)
+        sharding = on_mesh(leaf) or explicit_sharding(leaf)
         if sharding is None:
             return variant.initial(key, leaf, site)
         abstract = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else None
@@ -142,8 +143,9 @@ def starter() -> Callable[[jax.Array, Any, Variant, Site], tuple[Any, Factors]]:
         form = type(variant), *own, site, sharding, abstract
         if form not in programs:
             specs = factor_specs(variant, site, sharding.spec)
-            placed = {name: NamedSharding(sharding.mesh, spec) for name, spec in specs.items()}
-            programs[form] = variant, jax.jit(initial, out_shardings=(sharding, placed))
+            out = sharding, {name: NamedSharding(sharding.mesh, spec) for name, spec in specs.items()}
+            started = functools.partial(under_automatic_axes, initial, out=out)
+            programs[form] = variant, jax.jit(started, out_shardings=out)
         # One after the other: XLA's CPU devices share threads, and independent programs may wait for each other.
         frozen, factors = jax.block_until_ready(programs[form][1](key, None if abstract else leaf))
         return (leaf if frozen is None else frozen), factors

@@ -26,6 +26,7 @@ VIEWS = {
     "rev",
     "copy",
     "optimization_barrier",
+    "reshard",
 }
 
 

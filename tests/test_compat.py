@@ -90,6 +90,10 @@ EQUATIONS = {
         "compiler_options_kvs donated_invars in_layouts in_shardings jaxpr name out_layouts out_shardings",
     ),
     "custom_jvp_call": (lambda w: custom(w), "call_jaxpr jvp_jaxpr_fun num_consts symbolic_zeros"),
+    "reshard": (
+        lambda w: jax.sharding.reshard(w, NamedSharding(jax.make_mesh((1,), ("x",)), P())),
+        "concrete_mesh dst_sharding",
+    ),
     "shard_map": (
         inside(lambda x: x),
         "check_vma in_specs jaxpr mesh newly_manual_axes out_specs",

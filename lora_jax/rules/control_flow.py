@@ -16,13 +16,14 @@ from jax import lax
 
 from lora_jax import compat, joint
 from lora_jax.axes import Axes, Axis
+from lora_jax.explicit import own_sharding, sharded_alike, under_automatic_axes
 from lora_jax.factored import Factored, is_factored
 from lora_jax.interpreter import Interpreter, rule
 from lora_jax.network import Network
-from lora_jax.rules.sharding import constrained
+from lora_jax.rules.sharding import constrained, imposed
 
 
-@rule("jit", "pjit")
+@rule("jit", "pjit", typed=True)
 def jit(interpreter: Interpreter, eqn: Any, *operands: Any) -> list[Any]:
     """A call stays a call, under its name and the shardings it was given."""
     name, before, after = (eqn.params[key] for key in ("name", "in_shardings", "out_shardings"))
@@ -37,13 +38,13 @@ def jit(interpreter: Interpreter, eqn: Any, *operands: Any) -> list[Any]:
     return interpreter.call(eqn, transform, (name, before, after), *operands)
 
 
-@rule("closed_call", "core_call", "eval_jaxpr")
+@rule("closed_call", "core_call", "eval_jaxpr", typed=True)
 def inline(interpreter: Interpreter, eqn: Any, *operands: Any) -> list[Any]:
     """A body that JAX wrote into an equation, such as of a loop that a checkpoint runs again, is read in its place."""
     return interpreter.evaluate(eqn.params["call_jaxpr"], *operands)
 
 
-@rule("remat", "remat2", "checkpoint")
+@rule("remat", "remat2", "checkpoint", typed=True)
 def checkpoint(interpreter: Interpreter, eqn: Any, *operands: Any) -> list[Any]:
     """Rematerialization keeps its policy."""
     policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
@@ -51,7 +52,7 @@ def checkpoint(interpreter: Interpreter, eqn: Any, *operands: Any) -> list[Any]:
     return interpreter.call(eqn, transform, (policy, prevent_cse), *operands)
 
 
-@rule("cond")
+@rule("cond", typed=True)
 def cond(interpreter: Interpreter, eqn: Any, index: Any, *operands: Any) -> Any:
     """Each branch is interpreted; of weights that all branches return, one is chosen factor by factor."""
     branches = eqn.params["branches"]
@@ -88,7 +89,9 @@ def _weights_of(interpreter: Interpreter, index: Any, branches: Any, operands: A
     for i, ys in zip([i for i, yes in enumerate(wanted) if yes], _t(found), strict=True):
         first = next(filter(is_factored, ys))
         cases = [y if is_factored(y) else first for y in ys]
-        value = joint.choose(which.reshape((1,) * first.ndim), cases) if any(y is not first for y in cases) else first
+        row, sharding = which.reshape((1,) * first.ndim), own_sharding(first)
+        differ = any(y is not first for y in cases)
+        value = under_automatic_axes(joint.choose, row, cases, out=sharding) if differ else first
         weights.update({} if value is None else {i: value})
     return weights
 
@@ -98,7 +101,7 @@ def _t(rows: Any) -> list[Any]:
     return [*zip(*rows, strict=True)]
 
 
-@rule("while")
+@rule("while", typed=True)
 def while_loop(interpreter: Interpreter, eqn: Any, *operands: Any) -> Any:
     """Weights that the loop reads are its constants, those that it carries unchanged too."""
     a, b = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
@@ -113,7 +116,7 @@ def while_loop(interpreter: Interpreter, eqn: Any, *operands: Any) -> Any:
     return fixed.all(moving)
 
 
-@rule("scan")
+@rule("scan", typed=True)
 def scan(interpreter: Interpreter, eqn: Any, *operands: Any) -> Any:
     """Weights may be constants, carried unchanged, or scanned over: then each operand with the leading axis is."""
     a, b = compat.scan_counts(eqn.params)
@@ -161,7 +164,7 @@ def _fixed(interpreter: Interpreter, eqn: Any, body: Any, carry: Sequence[Any], 
 
 def _led(interpreter: Interpreter, eqn: Any, weight: Factored) -> Any:
     """A weight whose first dim is one axis; formed where there is none."""
-    fused = weight.fused(0)
+    fused = sharded_alike(lambda weight: weight.fused(0), weight)
     return interpreter.form(weight, eqn) if fused is None else fused
 
 
@@ -196,7 +199,7 @@ def _restacked(rows: Factored, length: int) -> Factored:
     return dataclasses.replace(stacked, dims=((lead,), *rows.dims))
 
 
-@rule("custom_jvp_call")
+@rule("custom_jvp_call", typed=True)
 def custom_jvp(interpreter: Interpreter, eqn: Any, *operands: Any) -> list[Any]:
     """The author's derivative stays in force: the tangent of W + AB is factored too, dA·B + A·dB."""
 
@@ -243,6 +246,6 @@ def _constrained(values: Any, shardings: Any) -> list[Any]:
         if is_factored(x):
             value = constrained(x, sharding)
             return x if value is None else value
-        return lax.with_sharding_constraint(x, sharding)
+        return imposed(x, sharding)
 
     return [impose(x, sharding) for x, sharding in zip(values, shardings, strict=True)]

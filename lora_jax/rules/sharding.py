@@ -8,37 +8,16 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from lora_jax import compat
 from lora_jax.axes import Axes, Axis
+from lora_jax.explicit import typed
 from lora_jax.factored import Factored, is_factored
 from lora_jax.interpreter import Interpreter, rule
 from lora_jax.network import Network
 from lora_jax.placement import is_spec, ways
-
-
-def shards_of(weight: Factored, spec: PartitionSpec, mesh: Any) -> dict[Axis, Any] | None:
-    """For each axis of a weight that is sharded, the mesh axes that it is sharded over, as in a PartitionSpec.
-
-    A dim made of several axes is sharded along the slowest. None where that one does not divide.
-    """
-    shards: dict[Axis, Any] = {}
-    for entry, group in zip(spec, weight.dims, strict=False):
-        if entry is PartitionSpec.UNCONSTRAINED:
-            shards.update(dict.fromkeys(group, entry))
-            continue
-        count = ways(entry, mesh)
-        if count > 1 and (not group or group[0].size % count):
-            return None
-        if entry is not None and group:
-            shards[group[0]] = entry
-    return shards
-
-
-def spec_of(axes: Axes, shards: dict[Axis, Any]) -> PartitionSpec:
-    """The PartitionSpec of an operand over these axes."""
-    return PartitionSpec(*(shards.get(axis) for axis in axes))
+from lora_jax.shards import shards_of, spec_of
 
 
 def constrained(weight: Factored, sharding: Any) -> Factored | None:
@@ -48,19 +27,33 @@ def constrained(weight: Factored, sharding: Any) -> Factored | None:
         return None
 
     def change(array: jax.Array, axes: Axes) -> tuple[jax.Array, Axes]:
-        return lax.with_sharding_constraint(array, NamedSharding(sharding.mesh, spec_of(axes, shards))), axes
+        return imposed(array, NamedSharding(sharding.mesh, spec_of(axes, shards))), axes
 
     return weight.map(change)
 
 
-@rule("sharding_constraint")
+def imposed(array: jax.Array, sharding: Any) -> jax.Array:
+    """An array with a sharding, which its type says if axes are explicit."""
+    impose = lax.with_sharding_constraint if compat.explicit_mesh(array) is None else jax.sharding.reshard
+    return impose(array, sharding)
+
+
+@rule("sharding_constraint", typed=True)
 def sharding_constraint(_: Interpreter, eqn: Any, weight: Factored) -> Any:
     """The base is sharded as is said, and each factor along the axes that it shares with it."""
     value = constrained(weight, eqn.params["sharding"])
     return NotImplemented if value is None else value
 
 
-@rule("shard_map")
+@rule("reshard", typed=True)
+def reshard(_: Interpreter, eqn: Any, weight: Factored) -> Any:
+    """As a constraint, of types."""
+    sharding = eqn.params["dst_sharding"]
+    fits = shards_of(weight, sharding.spec, sharding.mesh) is not None
+    return typed(weight, sharding) if fits else NotImplemented
+
+
+@rule("shard_map", typed=True)
 def shard_map(interpreter: Interpreter, eqn: Any, *operands: Any) -> Any:
     """Each factor gets the part of the weight's spec that its axes have: local factors multiply to the local ΔW."""
     mesh = eqn.params["mesh"]
@@ -72,6 +65,8 @@ def shard_map(interpreter: Interpreter, eqn: Any, *operands: Any) -> Any:
         shards = shards_of(x, spec, mesh)
         if shards is None:
             return NotImplemented
+        if compat.explicit_mesh(x) is not None:
+            x = typed(x, NamedSharding(mesh, spec))
 
         def local(axis: Axis, shards: dict[Axis, Any] = shards) -> Axis:
             return dataclasses.replace(axis, size=axis.size // ways(shards.get(axis), mesh))
