@@ -222,6 +222,5 @@ def test_a_config_that_is_none_is_one_line(content, message, config, capsys):
     assert message in shown.err and shown.err.count("\n") == 1
 
 
-def test_chips_have_sources_in_order():
-    assert {*CHIPS} == {"H100", "H200", "v5e", "v5p", "v6e"}
+def test_chips_are_in_the_units_they_say():
     assert all(chip.link >= chip.network and chip.bandwidth > chip.link for chip in CHIPS.values())

@@ -19,7 +19,7 @@ PARTS = {
 }
 TEMPORARIES = (
     "Memory is what XLA's buffers take on CPUs. GPUs and TPUs fuse more, above all in attention: for what a step makes "
-    "they need as much or less."
+    "they need about as much, or less."
 )
 NOT_EXACT = (
     "This JAX's compiler for CPUs holds bfloat16 activations and gathered weights as float32: what a step makes, and "
