@@ -155,14 +155,7 @@ def merge(params: Any, lora_params: Mapping[str, Adapter]) -> Any:
         none can be looked at.
     """
     leaves, treedef = tree.flatten(params, is_leaf=is_factored)
-    applied = _applied(leaves, lora_params)
-    # A factor that takes the leaf's place is copied, so that merged weights outlive a donated lora_params.
-    merged = {
-        path: materialize(x, on_mesh(leaves[path])) if is_factored(x) else jnp.array(x, copy=True)
-        for path, x in applied.items()
-    }
-    _check_finite(merged, leaves)
-    return tree.unflatten(treedef, {**leaves, **merged})
+    return tree.unflatten(treedef, {**leaves, **_formed(leaves, lora_params)})
 
 
 def unmerge(params: Any, lora_params: Mapping[str, Adapter]) -> Any:
@@ -187,10 +180,7 @@ def unmerge(params: Any, lora_params: Mapping[str, Adapter]) -> Any:
                 "tree, or leave the path out of lora_params (the leaf then keeps its trained value)"
             )
     leaves, treedef = tree.flatten(params, is_leaf=is_factored)
-    applied = _applied(leaves, lora_params, undo=True)
-    restored = {path: materialize(x, on_mesh(leaves[path])) for path, x in applied.items()}
-    _check_finite(restored, leaves)
-    return tree.unflatten(treedef, {**leaves, **restored})
+    return tree.unflatten(treedef, {**leaves, **_formed(leaves, lora_params, undo=True)})
 
 
 def _applied(leaves: Mapping[str, Any], lora_params: Mapping[str, Adapter], undo: bool = False) -> dict[str, Any]:
@@ -241,16 +231,18 @@ def _refuse_attached(leaves: Mapping[str, Any]) -> None:
             raise ValueError(f"{path!r} is attached already: use the frozen tree, or merge first")
 
 
-def _check_finite(results: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-    if any(isinstance(array, jax.core.Tracer) for array in results.values()):
-        return
-    for path in results:
-        # One after the other, for the reason that `starter` gives.
-        if bool(jnp.isfinite(results[path]).all()):
-            continue
-        bad = int(jnp.size(results[path]) - jnp.isfinite(results[path]).sum())
-        cause = "the factors are" if bool(jnp.isfinite(before[path]).all()) else "the base is"
-        raise ValueError(
-            f"{path!r}: {bad} of {results[path].size} merged weights are not finite, because {cause} not (or the sum "
-            "overflows); nothing was changed: go back to a checkpoint from before training diverged"
-        )
+def _formed(leaves: Mapping[str, Any], lora_params: Mapping[str, Adapter], undo: bool = False) -> dict[str, Any]:
+    """What `_applied` gives, as arrays that lie where the leaves do; one after the other, for `starter`'s reason."""
+    formed = {}
+    for path, x in _applied(leaves, lora_params, undo).items():
+        # A factor that takes the leaf's place is copied, so that merged weights outlive a donated lora_params.
+        array = materialize(x, on_mesh(leaves[path])) if is_factored(x) else jnp.array(x, copy=True)
+        if not isinstance(array, jax.core.Tracer) and not bool(jnp.isfinite(array).all()):
+            bad = int(array.size - jnp.isfinite(array).sum())
+            cause = "the factors are" if bool(jnp.isfinite(leaves[path]).all()) else "the base is"
+            raise ValueError(
+                f"{path!r}: {bad} of {array.size} merged weights are not finite, because {cause} not (or the sum "
+                "overflows); nothing was changed: go back to a checkpoint from before training diverged"
+            )
+        formed[path] = array
+    return formed
