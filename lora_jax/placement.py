@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.core
-from flax.core import meta
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import tree
@@ -15,7 +14,7 @@ from lora_jax import tree
 
 def by_path(base: Any) -> dict[str, Any]:
     """The placement of each leaf of a tree; a box of Flax's counts as a leaf."""
-    leaves, _ = tree.flatten(base, is_leaf=lambda x: x is None or isinstance(x, PartitionSpec | meta.Partitioned))
+    leaves, _ = tree.flatten(base, is_leaf=lambda x: x is None or isinstance(x, PartitionSpec) or is_box(x))
     return {path: placement(leaf) for path, leaf in leaves.items()}
 
 
@@ -24,7 +23,7 @@ def placement(leaf: Any) -> Any:
 
     None for an array that is traced or has none yet.
     """
-    if isinstance(leaf, meta.Partitioned):
+    if is_box(leaf):
         return on_mesh(leaf.value) or leaf.get_partition_spec()
     if isinstance(leaf, jax.sharding.Sharding | PartitionSpec):
         return leaf
@@ -40,6 +39,11 @@ def on_mesh(leaf: Any) -> NamedSharding | None:
 def spec_of(placement: Any) -> PartitionSpec:
     """The spec of a placement; where there is none, the leaf is whole."""
     return placement if is_spec(placement) else getattr(placement, "spec", PartitionSpec())
+
+
+def is_box(leaf: Any) -> bool:
+    """Whether a leaf is a `flax.linen.Partitioned`, known by what it does: Flax takes long to import."""
+    return hasattr(leaf, "get_partition_spec") and hasattr(leaf, "value")
 
 
 def is_spec(leaf: Any) -> bool:
