@@ -19,6 +19,13 @@ from lora_jax.models.rotary import frequencies
 from lora_jax.recipes import save_products
 
 TINY = llama.Config(48, 24, 2, 4, 40, num_key_value_heads=2, mlp_bias=True)
+STRETCHED = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 THEIRS = {
     "attention_norm": "input_layernorm",
     "attention/query": "self_attn.q_proj",
@@ -87,8 +94,7 @@ def test_a_mask_chooses_what_is_predicted():
 
 def test_frequencies_are_stretched_as_llama_3_1_does():
     """As Hugging Face's `_compute_llama3_parameters` has it, one frequency at a time."""
-    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    given = published("llama-3-8b") | {"rope_scaling": {"rope_type": "llama3", **scaling}}
+    given = published("llama-3-8b") | {"rope_scaling": STRETCHED}
     config = llama.Config.from_huggingface(given)
     found = frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     for i, turn in enumerate(found):
@@ -98,6 +104,17 @@ def test_frequencies_are_stretched_as_llama_3_1_does():
         between = (1 - smooth) * plain / 8 + smooth * plain
         expected = plain if length < 8192 / 4 else plain / 8 if length > 8192 else between
         assert turn == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_config_as_transformers_5_writes_it():
+    plain = published("llama-3-8b")
+    theta = plain.pop("rope_theta")
+    for rope in ({"rope_theta": theta}, {"rope_theta": theta, "rope_type": "default"}):
+        given = {**plain, "rope_parameters": rope, "dtype": "bfloat16", "pretraining_tp": 1, "use_cache": True}
+        assert llama.Config.from_huggingface(given) == llama.Config.from_huggingface(published("llama-3-8b"))
+    given = {**plain, "rope_parameters": {"rope_theta": theta, **STRETCHED}}
+    found = llama.Config.from_huggingface(given)
+    assert found.rope_theta == theta and found.rope_scaling.factor == 8.0
 
 
 @pytest.mark.parametrize(
@@ -110,6 +127,14 @@ def test_frequencies_are_stretched_as_llama_3_1_does():
         ({"num_key_value_heads": 3}, "multiple of num_key_value_heads, 3"),
         ({"head_dim": 5}, "head_dim is 5"),
         ({"hidden_size": "big"}, "hidden_size is 'big'"),
+        ({"hidden_size": 4100}, "hidden_size is 4100: take a multiple of num_attention_heads, 32"),
+        ({"num_key_value_heads": "8"}, "num_key_value_heads is '8': make it a whole number"),
+        ({"num_key_value_heads": -8}, "num_key_value_heads is -8: make it a whole number of 1 or more"),
+        ({"rope_theta": "5e5"}, "rope_theta is '5e5': make it a number above 0"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false': make it true or false"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear': make it an object"),
+        ({"rope_scaling": {**STRETCHED, "factor": 0}}, "factor is 0: make it a number above 0"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
     ],
 )
 def test_what_the_decoder_does_not_do_is_an_error(change, message):

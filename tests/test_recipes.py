@@ -48,9 +48,15 @@ def test_cross_entropy_without_a_mask_and_with_one_that_counts_nothing():
 
 def test_cross_entropy_in_bfloat16_keeps_float32_logits():
     x, head = X.astype(jnp.bfloat16), HEAD.astype(jnp.bfloat16)
-    value, of_x = jax.value_and_grad(lambda x: cross_entropy(x, head, LABELS, MASK, chunk=32))(x)
-    assert (value.dtype, of_x.dtype) == (jnp.float32, jnp.bfloat16)
-    assert error(value, plainly(x.astype(jnp.float32), head.astype(jnp.float32))) < 1e-4
+    step = jax.value_and_grad(lambda x, head: cross_entropy(x, head, LABELS, MASK, chunk=32), (0, 1))
+    value, grads = step(x, head)
+    assert (value.dtype, grads[0].dtype, grads[1].dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
+    exact, of_exact = jax.value_and_grad(plainly, (0, 1))(x.astype(jnp.float32), head.astype(jnp.float32))
+    assert error(value, exact) < 1e-4
+    assert error(grads, of_exact) < 0.02
+    products = [eqn for eqn in equations(jax.make_jaxpr(step)(x, head)) if eqn.primitive.name == "dot_general"]
+    # Of mixed dtypes, XLA would make a head in float32.
+    assert {v.aval.dtype for eqn in products for v in eqn.invars} == {jnp.dtype(jnp.bfloat16)}
 
 
 @pytest.mark.parametrize(("argnums", "products"), [((), 2), ((0,), 4), ((0, 1), 6)])

@@ -17,6 +17,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from lora_jax.models.fields import check_fields
 from lora_jax.models.rotary import RopeScaling, frequencies, rotate
 from lora_jax.recipes import cross_entropy
 
@@ -26,6 +27,7 @@ FIXED = {
     "hidden_act": "silu",
     "attention_dropout": 0.0,
     "partial_rotary_factor": 1.0,
+    "quantization_config": None,
 }
 
 
@@ -50,10 +52,10 @@ class Config:
     mlp_bias: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
-            if not isinstance(value := getattr(self, name), int) or value < 1:
-                raise ValueError(f"{name} is {value!r}: make it a whole number of 1 or more")
+        check_fields(self)
         heads = self.num_attention_heads
+        if self.head_dim is None and self.hidden_size % heads:
+            raise ValueError(f"hidden_size is {self.hidden_size}: take a multiple of num_attention_heads, {heads}")
         defaults = {"num_key_value_heads": heads, "head_dim": self.hidden_size // heads}
         for name, default in defaults.items():
             if getattr(self, name) is None:
@@ -75,6 +77,9 @@ class Config:
         Traceback (most recent call last):
         ValueError: config.json: model_type is 'gpt2', this decoder has 'llama': load a model with that
         """
+        for field in ("rope_parameters", "rope_scaling"):
+            if not isinstance(config.get(field) or {}, Mapping):
+                raise ValueError(f"config.json: {field} is {config[field]!r}: make it an object, or leave it out")
         rope = config.get("rope_parameters") or {}  # where transformers 5 keeps what 4 has in two fields
         config = {**rope, **config, "rope_scaling": config.get("rope_scaling") or rope or None}
         for field, value in FIXED.items():

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.models.fields import check_fields
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -21,11 +23,14 @@ class RopeScaling:
     high_freq_factor: float
     original_max_position_embeddings: int
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     @classmethod
     def from_huggingface(cls, scaling: Mapping[str, Any] | None) -> RopeScaling | None:
         """Read the entry `rope_scaling`; None where positions are not stretched."""
         kind = None if scaling is None else scaling.get("rope_type", scaling.get("type"))
-        if scaling is None or kind == "default":
+        if scaling is None or kind == "default" or set(scaling) == {"rope_theta"}:
             return None
         names = [field.name for field in dataclasses.fields(cls)]
         if kind != "llama3" or any(name not in scaling for name in names):

@@ -79,13 +79,13 @@ def roofline(
       flops: Of one device.
       moved: Bytes that one device reads from its memory and writes there.
       collectives: Of one device.
-      mesh: Sizes by axis; the last one's devices are neighbors.
+      mesh: Sizes by axis; neighbors are the devices along the last one that has more than one.
 
     >>> found = roofline(CHIPS["H100"], 989.5e12, 3.35e12, (), {"fsdp": 8})
     >>> round(found.compute, 2), found.memory, found.network
     (1.67, 1.0, 0)
     """
-    *outer, inner = mesh.values()
+    *outer, inner = [size for size in mesh.values() if size > 1] or [1]
     devices, others = inner, set()
     for size in outer:
         others |= {size, *(size * other for other in others)}

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
         written: Any = found.as_dict()
     else:
         by_chip = smallest(job, chips)
-        print(report_smallest(by_chip, chips))
+        print(report_smallest(job, by_chip, chips))
         written = {name: made.as_dict() for name, made in by_chip.items()}
     if arguments.json:
         arguments.json.write_text(json.dumps(written, indent=1) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping
@@ -140,12 +141,13 @@ def by_kind(found: tuple[Collective, ...]) -> list[dict[str, Any]]:
     return rows
 
 
-def meshes(job: Job) -> Iterator[Mapping[str, int]]:
-    """Meshes of 1, 2, 4 ... devices: over the batch as far as it goes, then over heads."""
+def meshes(job: Job) -> Iterator[Job]:
+    """The job on 1, 2, 4 ... devices, over the batch as far as it goes, then over heads, as long as these divide it."""
     devices = 1
     while devices <= LARGEST:
         rows = next(n for n in range(min(devices, job.batch), 0, -1) if job.batch % n == 0 and devices % n == 0)
-        yield {"fsdp": rows, "tp": devices // rows}
+        with contextlib.suppress(ValueError):  # it does not divide the model
+            yield dataclasses.replace(job, mesh={"fsdp": rows, "tp": devices // rows})
         devices *= 2
 
 
@@ -157,11 +159,7 @@ def smallest(job: Job, chips: Mapping[str, Chip] = CHIPS) -> dict[str, Plan]:
       chips: Which.
     """
     found: dict[str, Plan] = {}
-    for mesh in meshes(job):
-        try:
-            own = dataclasses.replace(job, mesh=mesh)
-        except ValueError:  # this one does not divide the model
-            continue
+    for own in meshes(job):
         if len(found) == len(chips):
             break
         made = plan(own)

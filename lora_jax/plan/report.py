@@ -6,7 +6,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 from lora_jax.plan.chips import ASSUMED, CHIPS, USABLE, Chip, Roofline
-from lora_jax.plan.plan import LARGEST, Plan, by_kind
+from lora_jax.plan.plan import Plan, by_kind, meshes
+from lora_jax.plan.step import Job
 from lora_jax.table import quantity, table
 
 PARTS = {
@@ -22,8 +23,13 @@ TEMPORARIES = (
     "they need about as much, or less."
 )
 NOT_EXACT = (
-    "This JAX's compiler for CPUs holds bfloat16 activations and gathered weights as float32: what a step makes, and "
-    "what collectives send, is up to twice what other platforms take. JAX 0.12 compiles bfloat16 as it is."
+    "XLA's compiler for CPUs holds bfloat16 activations and gathered weights as float32 here: what a step makes, and "
+    "what collectives send, is up to twice what other platforms take. JAX 0.12 compiles bfloat16 as it is, where no "
+    "product has a single row or column, as those of rank 1 have."
+)
+FLOAT32 = (
+    "Products of float32 are taken to be as fast as of bfloat16: on TPUs they are, at JAX's default precision; GPUs "
+    "take twice as long."
 )
 
 
@@ -32,12 +38,13 @@ def report(plan: Plan, chips: Mapping[str, Chip] = CHIPS) -> str:
     return "\n\n".join([_asked(plan), _mesh(plan), _memory(plan), _work(plan), _chips(plan, chips), _notes([plan])])
 
 
-def report_smallest(found: Mapping[str, Plan], chips: Mapping[str, Chip] = CHIPS) -> str:
-    """The fewest chips of each kind that hold a step."""
+def report_smallest(job: Job, found: Mapping[str, Plan], chips: Mapping[str, Chip] = CHIPS) -> str:
+    """The fewest chips of each kind that hold a step, as `smallest` has found them."""
     rows = []
+    most = max(own.devices for own in meshes(job))
     for name, chip in chips.items():
         if (plan := found.get(name)) is None:
-            rows.append((name, _bytes(chip.memory), f"more than {LARGEST}", "", "", ""))
+            rows.append((name, _bytes(chip.memory), f"more than {most}", "", "", ""))
         else:
             times = plan.time(chip)
             needed = _bytes(plan.memory.total)
@@ -59,7 +66,7 @@ def _asked(plan: Plan) -> str:
 
 
 def _mesh(plan: Plan) -> str:
-    return f"On {plan.job.devices} devices ({_axes(plan)}), each:"
+    return f"On {plan.job.devices} devices ({_axes(plan)}), each:" if plan.job.devices > 1 else "On one device:"
 
 
 def _memory(plan: Plan) -> str:
@@ -95,6 +102,7 @@ def _notes(plans: Sequence[Plan]) -> str:
         f"A step fits where it needs at most {USABLE:.0%} of the memory. {TEMPORARIES}",
         *([NOT_EXACT] if any(not plan.exact for plan in plans) else []),
         f"A step takes from (all collectives behind arithmetic) to (none): {' '.join(ASSUMED)}.",
+        *([FLOAT32] if any(plan.job.dtype == "float32" for plan in plans) else []),
     ]
     return "\n".join(textwrap.fill(line, 80) for line in lines)
 

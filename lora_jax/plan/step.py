@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -149,13 +150,12 @@ def compiled(step: Step, dtype: str) -> tuple[Any, bool]:
     """The step as XLA compiles it for the devices, and whether it computes in the dtypes that the step has.
 
     XLA's CPU backend has a pass that makes float32 of all bfloat16, weights and activations alike. It is left out where
-    the backend can do without.
+    the backend can do without: JAX 0.12's has products of bfloat16, but for those of a single row or column.
     """
-    if dtype != "bfloat16":
-        return step.lowered.compile(), True
-    kept = compat.keeps_bfloat16()
-    options = {"xla_disable_hlo_passes": "float-normalization-bf16"} if kept else {}
-    return step.lowered.compile(compiler_options=options), kept
+    if dtype == "bfloat16" and compat.keeps_bfloat16():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            return step.lowered.compile(compiler_options={"xla_disable_hlo_passes": "float-normalization-bf16"}), True
+    return step.lowered.compile(), dtype != "bfloat16"
 
 
 def _on(shapes: Any, shardings: Any) -> Any:

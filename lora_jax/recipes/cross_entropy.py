@@ -60,7 +60,14 @@ def cross_entropy(
 
 
 def _loss(x: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
-    logits = jnp.matmul(x, head, preferred_element_type=jnp.float32)
+    return _of_logits(_logits(x, head), labels, weights)
+
+
+def _logits(x: jax.Array, head: jax.Array) -> jax.Array:
+    return jnp.matmul(x, head, preferred_element_type=jnp.float32)
+
+
+def _of_logits(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
     right = jnp.take_along_axis(logits, labels[:, None], -1)[:, 0]
     return jnp.sum((jax.nn.logsumexp(logits, -1) - right) * weights)
 
@@ -80,14 +87,18 @@ def _with_gradient(head: jax.Array, x: jax.Array, labels: jax.Array, weights: ja
 def _forward(head: Any, x: Any, labels: Any, weights: Any) -> tuple[jax.Array, Any]:
     if weights.perturbed:
         raise ValueError("cross_entropy: the mask depends on what is differentiated: pass recompute=True")
-    argnums = tuple(i for i, operand in enumerate((x, head)) if operand.perturbed)
     of_head = jnp.zeros(head.value.shape, jnp.float32) if head.perturbed else None
 
     def add(carry: Any, row: Any) -> Any:
         total, of_head = carry
-        value, grads = jax.value_and_grad(_loss, argnums)(row[0], head.value, *row[1:])
-        found = dict(zip(argnums, grads, strict=True))
-        return (total + value, None if of_head is None else of_head + found[1].astype(jnp.float32)), found.get(0)
+        value, of_logits = jax.value_and_grad(_of_logits)(_logits(row[0], head.value), *row[1:])
+        # As x @ head has it in its own dtype; times float32, XLA makes float32 of the head, and gathers that.
+        of_logits = of_logits.astype(jnp.result_type(row[0], head.value))
+        (of_x,) = jax.linear_transpose(lambda x: x @ head.value, row[0])(of_logits) if x.perturbed else (None,)
+        if of_head is not None:
+            (found,) = jax.linear_transpose(lambda head: row[0] @ head, head.value)(of_logits)
+            of_head += found.astype(jnp.float32)
+        return (total + value, of_head), of_x
 
     rows = x.value, labels.value, weights.value
     (total, of_head), of_x = lax.scan(add, (jnp.zeros(()), of_head), rows)
