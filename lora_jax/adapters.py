@@ -236,7 +236,8 @@ def _formed(leaves: Mapping[str, Any], lora_params: Mapping[str, Adapter], undo:
     formed = {}
     for path, x in _applied(leaves, lora_params, undo).items():
         # A factor that takes the leaf's place is copied, so that merged weights outlive a donated lora_params.
-        array = materialize(x, on_mesh(leaves[path])) if is_factored(x) else jnp.array(x, copy=True)
+        place = None if isinstance(x, jax.core.Tracer) else on_mesh(leaves[path])
+        array = materialize(x, place) if is_factored(x) else jnp.array(x, copy=True, device=place)
         if not isinstance(array, jax.core.Tracer) and not bool(jnp.isfinite(array).all()):
             bad = int(array.size - jnp.isfinite(array).sum())
             cause = "the factors are" if bool(jnp.isfinite(leaves[path]).all()) else "the base is"

@@ -61,6 +61,12 @@ def typed(value: Any, sharding: NamedSharding) -> Any:
     return value.map(change)
 
 
+def whole(array: jax.Array) -> jax.Array:
+    """An array that no explicit axis splits: what JAX decomposes, it wants whole by its type."""
+    mesh = compat.explicit_mesh(array)
+    return array if mesh is None else jax.sharding.reshard(array, NamedSharding(mesh, PartitionSpec()))
+
+
 def explicit_sharding(array: Any) -> NamedSharding | None:
     """The sharding that an array's type says; None where no axis is explicit."""
     return None if compat.explicit_mesh(array) is None else jax.typeof(array).sharding

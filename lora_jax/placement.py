@@ -19,12 +19,13 @@ def by_path(base: Any) -> dict[str, Any]:
 
 
 def placement(leaf: Any) -> Any:
-    """A sharding or a spec: what an array lies by, the leaf itself, or the axes that a box of Flax's names.
+    """A sharding or a spec: what an array lies by, the leaf itself, or the axes that a box of Flax's names unless it
+    holds a spec.
 
     None for an array that is traced or has none yet.
     """
     if is_box(leaf):
-        return on_mesh(leaf.value) or leaf.get_partition_spec()
+        return leaf.value if is_spec(leaf.value) else on_mesh(leaf.value) or leaf.get_partition_spec()
     if isinstance(leaf, jax.sharding.Sharding | PartitionSpec):
         return leaf
     return None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)

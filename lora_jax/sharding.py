@@ -15,7 +15,7 @@ from lora_jax.axes import Axes, weight_axes
 from lora_jax.choice import first_matches
 from lora_jax.explicit import explicit_sharding, under_automatic_axes
 from lora_jax.factors import Adapter, is_adapter
-from lora_jax.placement import by_path, check_fits, is_spec, on_mesh, placement, spec_of
+from lora_jax.placement import by_path, check_fits, is_spec, on_mesh, spec_of
 from lora_jax.sites import Site
 from lora_jax.variants.base import SHARED, Factors, Variant
 
@@ -25,8 +25,9 @@ def partition_specs(state: Any, base: Any) -> Any:
 
     So A follows the in axes, B the out axes, and both the batch axes: stacked layers, experts. A rank is never split,
     nor an axis that a variant splits in two, as LoKr does. The moments that an optimizer keeps of a factor follow the
-    factor. What leaves share, as in VeRA, is whole everywhere; so is each array that belongs to no adapter, such as a
-    step count, unless it lies on a mesh already.
+    factor, if they have its shape (after other axes, where several are stacked); others, as Adafactor's, are whole. So
+    is what leaves share, as in VeRA. An array that belongs to no adapter stays where it lies on a mesh; else it is
+    split like the leaf of `base` that its path ends with, as frozen leaves are, or, as a step count, whole.
 
     Args:
       state: Any pytree with adapters in it, of arrays or of `jax.ShapeDtypeStruct`: `lora_params`, optimizer state, or
@@ -116,7 +117,7 @@ def match_partition_rules(
         )
     specs = {path: rules[matched[path]] for path in leaves}
     for path, spec in specs.items():
-        check_fits(path, leaves[path].shape, spec, mesh)
+        check_fits(path, getattr(leaves[path], "shape", ()), spec, mesh)
     return tree.unflatten(treedef, {path: NamedSharding(mesh, spec) if mesh else spec for path, spec in specs.items()})
 
 
@@ -173,7 +174,7 @@ def check_mesh(path: str, leaf: Any, adapter: Adapter) -> None:
     own = on_mesh(leaf)
     for name, factor in adapter.factors.items():
         other = on_mesh(factor)
-        if own and other and (own.mesh.shape != other.mesh.shape or own.device_set != other.device_set):
+        if own and other and not _same(own.mesh, other.mesh):
             raise ValueError(
                 f"{path!r} lies on a mesh of {dict(own.mesh.shape)}, and its factor {name} on another, of "
                 f"{dict(other.mesh.shape)}: move the adapter there with "
@@ -181,23 +182,54 @@ def check_mesh(path: str, leaf: Any, adapter: Adapter) -> None:
             )
 
 
+def _same(mesh: Mesh | AbstractMesh, other: Mesh | AbstractMesh) -> bool:
+    """Whether two meshes have the same axes, and the same devices in one order as far as is known."""
+    if isinstance(mesh, Mesh) and isinstance(other, Mesh) and [*mesh.devices.flat] != [*other.devices.flat]:
+        return False
+    return mesh.shape == other.shape
+
+
 def _placed(state: Any, places: Mapping[str, Any], mesh: Mesh | AbstractMesh | None) -> Any:
     def of(keys: tuple[Any, ...], node: Any) -> Any:
         if not is_adapter(node):
-            return spec_of(placement(node))
+            return spec_of(on_mesh(node) or _like_leaf(keys, node, places))
+        if not keys:
+            raise ValueError("the state is an Adapter by itself, of a path that is not known: give {path: adapter}")
         path, site = str(getattr(keys[-1], "key", keys[-1])), node.site
         unboxed = path.removesuffix("/value")  # where a spec is that Flax took out of a box
         if site.kind == SHARED:
-            specs = dict.fromkeys(node.factors, PartitionSpec())
+            specs, sizes = dict.fromkeys(node.factors, PartitionSpec()), {}
         elif path in places or unboxed in places:
             spec = spec_of(places.get(path, places.get(unboxed)))
             check_fits(path, site.shape, spec, mesh)
             specs = factor_specs(node.variant, site, spec)
+            sizes = {name: tuple(axis.size for axis in axes) for name, axes in _axes(node.variant, site).items()}
         else:
             hint = tree.close_to(path, places)
             raise ValueError(f"base has no leaf at {path!r}, which is adapted: give it a tree like params{hint}")
-        # Of an optimizer's state some adapters lack factors, or hold a mask in their place.
-        factors = {name: specs[name] if tree.is_array(x) else x for name, x in node.factors.items()}
+        # Of an optimizer's state some adapters lack factors, or hold a mask or several arrays in their place.
+        factors = {
+            name: jax.tree.map(functools.partial(_like_factor, specs[name], sizes.get(name, ())), x)
+            for name, x in node.factors.items()
+        }
         return dataclasses.replace(node, factors=factors, keys=None if node.keys is None else PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(of, state, is_leaf=is_adapter)
+
+
+def _like_factor(spec: PartitionSpec, shape: tuple[int, ...], array: Any) -> PartitionSpec:
+    """The spec of what stands where a factor does: the factor's, or that of several stacked; else it is whole.
+
+    Several are the adapters of a bank, or an optimizer's memory; of another shape are Adafactor's rows and columns.
+    """
+    own = getattr(array, "shape", ())
+    more = len(own) - len(shape)
+    return PartitionSpec(*(None,) * more, *spec) if shape and own[more:] == shape else PartitionSpec()
+
+
+def _like_leaf(keys: tuple[Any, ...], array: Any, places: Mapping[str, Any]) -> Any:
+    """The place of the leaf whose path is the end of an array's, as in a tree that holds the base or its moments."""
+    parts = jax.tree_util.keystr(keys, simple=True, separator="/").removesuffix("/value").split("/")
+    ends = ("/".join(parts[i:]) for i in range(len(parts)))
+    place = next((places[end] for end in ends if end in places), None)
+    return place if len(spec_of(place)) <= getattr(array, "ndim", 0) else None

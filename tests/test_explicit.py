@@ -158,3 +158,22 @@ def test_what_is_returned_factored_has_its_type():
         turned = lora.lift(lambda p: 2 * p["w"].T)(lora.attach(frozen, lora_params))
         found = lora.lift(lambda w, x: product(x, w.T, COLUMNS))(turned, x)
         assert error(found, product(x, 2 * lora.merge(frozen, lora_params)["w"], COLUMNS)) < 1e-5
+
+
+ALGEBRA = {
+    "resize": lambda _, lp: lora.resize(lp, 1),
+    "grow": lambda _, lp: lora.resize(lp, 3, key=jax.random.key(0)),
+    "ties": lambda _, lp: lora.combine([lp, lp], [0.7, 0.3], method="ties", density=0.5),
+    "extract": lambda frozen, lp: lora.extract(frozen, lora.merge(frozen, lp), {"w": lora.LoRA(2)}),
+    "relative_to": lambda frozen, lp: lora.relative_to(jax.tree.map(jnp.negative, frozen), frozen, lp),
+}
+
+
+@pytest.mark.parametrize("name", ALGEBRA)
+def test_algebra_is_that_of_one_device(name):
+    with jax.set_mesh(MESH):
+        frozen = {"w": put(jnp.outer(WIDE[:, 0], WIDE[0]), P(("fsdp", "tp")))}  # of a rank that an adapter can hold
+        _, lora_params = split_at_random(frozen, {"w": lora.LoRA(2)}, None)
+        found = lora.merge(frozen, ALGEBRA[name](frozen, lora_params))
+    one = jax.device_get((frozen, lora_params))
+    assert error(found, lora.merge(one[0], ALGEBRA[name](*one))) < 1e-5

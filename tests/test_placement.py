@@ -11,7 +11,7 @@ import pytest
 from checks import error, normal, randomized
 from flax import linen as nn
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_laws import VARIANTS
 
@@ -107,6 +107,42 @@ def test_a_state_follows_its_factors_wherever_they_are_in_it():
     assert len(arrays) == 2 + 2 * (4 + 1) + 1  # A and B; twice Adam's moments of both, and its count; the step
 
 
+OPTIMIZERS = {
+    "adafactor": optax.adafactor(1e-3, min_dim_size_to_factor=2),
+    "novograd": optax.novograd(1e-3),
+    "sm3": optax.sm3(1e-3),
+    "lbfgs": optax.scale_by_lbfgs(3),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_moments_of_other_shapes_lie_on_the_mesh(name):
+    _, lora_params = lora.split(jax.random.key(0), PARAMS, {"kernel": lora.LoRA(2)})
+    state = OPTIMIZERS[name].init(lora_params)
+    places = lora.shardings(state, SPECS, MESH)
+    lie(jax.device_put(state, places), places)
+    expected = {(16, 2): ("f", None), (2, 8): (None, "t"), (3, 16, 2): (None, "f", None), (3, 2, 8): (None, None, "t")}
+    arrays = [
+        (jnp.shape(x), tuple(place.spec)) for x, place in zip(*map(jax.tree.leaves, (state, places)), strict=True)
+    ]
+    assert all(found == expected.get(shape, ()) for shape, found in arrays)
+
+
+def test_a_bank_lies_as_its_adapters():
+    keys = jax.random.split(jax.random.key(0), 3)
+    bank = jax.vmap(lambda key: lora.split(key, PLACED, {"kernel": lora.LoRA(2)})[1])(keys)
+    assert spec(lora.partition_specs(bank, SPECS), "B") == (None, None, "t")
+
+
+def test_the_base_and_its_moments_lie_as_the_base_wherever_they_are():
+    _, lora_params = lora.split(jax.random.key(0), PARAMS, {"kernel": lora.LoRA(2)})
+    tree = {"base": PARAMS, "lora": lora_params}
+    state = {"params": tree, "moments": jax.eval_shape(optax.adam(1e-3).init, tree), "kernel": 0}
+    specs = lora.partition_specs(state, SPECS)
+    assert specs["params"]["base"] == specs["moments"][0].mu["base"] == SPECS
+    assert specs["kernel"] == P()
+
+
 def test_what_lies_on_a_mesh_already_stays_there():
     count = jax.device_put(jnp.ones(8), NamedSharding(MESH, P("f")))
     assert lora.shardings({"count": count}, PLACED)["count"].spec == P("f")
@@ -116,6 +152,22 @@ def test_rules_give_the_first_spec_that_matches():
     specs = lora.match_partition_rules({"heads": P(None, "f"), ".*": P("t")}, PARAMS)
     assert specs == {"kernel": P("t"), "heads": P(None, "f")}
     assert lora.match_partition_rules({".*": P()}, PARAMS, MESH) == dict.fromkeys(PARAMS, NamedSharding(MESH, P()))
+    assert lora.match_partition_rules({".*": P()}, {"w": 1.0, "name": "w"}) == {"w": P(), "name": P()}
+
+
+def test_rules_count_more_than_the_names_of_a_box():
+    boxed = LOGICAL.init(jax.random.key(0), jnp.ones((1, 16)))
+    _, lora_params = lora.split(jax.random.key(0), boxed, {".*kernel.*": lora.LoRA(2)})
+    base = lora.match_partition_rules({".*kernel.*": P("f", "t"), ".*": P()}, boxed)
+    assert spec(lora.partition_specs(lora_params, base)) == ("f", None)
+
+
+def test_merged_weights_lie_as_the_base_wherever_the_factors_come_from():
+    _, lora_params = lora.split(
+        jax.random.key(0), PARAMS, {"kernel": lora.Full(), "heads": rules(lora.LoRA(2))["heads"]}
+    )
+    merged = lora.merge(PLACED, lora_params)
+    lie(merged, {path: leaf.sharding for path, leaf in PLACED.items()})
 
 
 def adapted(variant=lora.LoRA(2)):  # noqa: B008
@@ -151,6 +203,10 @@ ERRORS = {
         lambda: lora.match_partition_rules({"kernel": P("f")}, PARAMS),
         "no rule matches 'heads', nor 0 others: a last rule {'.*': PartitionSpec.*} leaves whole",
     ),
+    "an adapter by itself": (
+        lambda: lora.partition_specs(adapted()[1]["kernel"], SPECS),
+        "the state is an Adapter by itself, of a path that is not known: give {path: adapter}",
+    ),
     "no mesh": (
         lambda: lora.shardings(adapted()[1], SPECS),
         "base lies on 0 meshes, and factors lie on one: give mesh=",
@@ -158,7 +214,8 @@ ERRORS = {
 }
 OTHER = jax.make_mesh((4, 2), ("f", "t"), axis_types=(AxisType.Auto,) * 2)
 SMALLER = jax.make_mesh((2,), ("f",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
-for _mesh in (OTHER, SMALLER):
+REVERSED = Mesh(MESH.devices[::-1], MESH.axis_names)
+for _mesh in (OTHER, SMALLER, REVERSED):
     for _verb in (lora.attach, lora.merge):
 
         def moved(mesh=_mesh, verb=_verb):

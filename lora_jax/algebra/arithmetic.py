@@ -13,6 +13,7 @@ from lora_jax.adapters import applied_to
 from lora_jax.algebra.combine import combine
 from lora_jax.algebra.lowrank import is_plain, low_rank, truncated
 from lora_jax.contract import wider
+from lora_jax.explicit import whole
 from lora_jax.factored import is_factored
 from lora_jax.factors import Adapter, LoraParams, key_of, together
 from lora_jax.optim import FROZEN
@@ -173,7 +174,7 @@ def _grown(path: str, adapter: Adapter, variant: LoRA, key: jax.Array) -> dict[s
     init = variant.init if callable(variant.init) or variant.init in INITIALIZERS else "normal"
     shape = jax.ShapeDtypeStruct(adapter.site.shape, jnp.float32)
     _, fresh = LoRA(variant.rank, init=init, dtype=variant.dtype).initial(key_of(key, path), shape, adapter.site)
-    a, b = jnp.asarray(adapter.factors["A"]), jnp.asarray(adapter.factors["B"])
+    a, b = (whole(jnp.asarray(adapter.factors[name])) for name in ("A", "B"))
     axis, more = len(adapter.site.batch_axes), variant.rank - a.shape[-1]
     zeros = jnp.zeros((*b.shape[:axis], more, *b.shape[axis + 1 :]), b.dtype)
     columns = fresh["A"][..., a.shape[-1] :].astype(a.dtype)

@@ -13,6 +13,7 @@ from lora_jax import tree
 from lora_jax.algebra.lowrank import SVD, is_plain, truncated
 from lora_jax.choice import Rules, choose
 from lora_jax.contract import wider
+from lora_jax.explicit import whole
 from lora_jax.factors import Adapter, LoraParams
 from lora_jax.matrices import to_matrices
 from lora_jax.sites import Site
@@ -78,7 +79,7 @@ def _extracted(path: str, before: Any, after: Any, variant: Any, site: Site) -> 
             "lower it, or give Full()"
         )
     wide = wider(before.dtype, after.dtype, jnp.float32)
-    delta = to_matrices(jnp.asarray(after, wide) - jnp.asarray(before, wide), site)
+    delta = to_matrices(whole(jnp.asarray(after, wide) - jnp.asarray(before, wide)), site)
     return truncated(SVD(*jnp.linalg.svd(delta, full_matrices=False)), site, variant)
 
 

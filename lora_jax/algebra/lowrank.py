@@ -12,6 +12,7 @@ from jax import lax
 
 from lora_jax.axes import Axes, size_of
 from lora_jax.contract import contract, wider
+from lora_jax.explicit import whole
 from lora_jax.factors import Adapter
 from lora_jax.network import Network
 from lora_jax.sites import Site
@@ -91,7 +92,7 @@ def low_rank(path: str, adapter: Adapter) -> LowRank:
 
     def product(side: list[int], axes: Axes) -> jax.Array:
         return contract(
-            [(jnp.asarray(network.operands[i], wide), network.axes[i]) for i in side],
+            [(whole(jnp.asarray(network.operands[i], wide)), network.axes[i]) for i in side],
             axes,
             precision=lax.Precision.HIGHEST,
         )

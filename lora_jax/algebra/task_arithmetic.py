@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.explicit import whole
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -72,7 +74,7 @@ def largest(tensor: jax.Array, density: float, batch: int = 0) -> jax.Array:
     >>> largest(jnp.array([0.5, -3.0, 1.0, 2.0]), 0.5)
     Array([ 0., -3.,  0.,  2.], dtype=float32)
     """
-    flat = tensor.reshape(*tensor.shape[:batch], -1)
+    flat = whole(tensor).reshape(*tensor.shape[:batch], -1)
     _, kept = lax.top_k(jnp.abs(flat), int(density * flat.shape[-1]))
     mask = jnp.put_along_axis(jnp.zeros(flat.shape, bool), kept, True, axis=-1, inplace=False)
     return jnp.where(mask, flat, 0).reshape(tensor.shape)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from lora_jax import tree
 from lora_jax.contract import wider
+from lora_jax.explicit import whole
 from lora_jax.factors import Adapter, LoraParams
 from lora_jax.initial.pissa import halves, randomized_svd
 from lora_jax.matrices import to_matrices
@@ -67,7 +68,7 @@ def _exported(path: str, before: Mapping[str, Any], after: Mapping[str, Any], ad
             f"{sorted(adapter.factors)} it is not known how to make up for it: merge instead"
         )
     wide = wider(old.dtype, jnp.float32)
-    old, new = (to_matrices(jnp.asarray(leaf, wide), adapter.site) for leaf in (old, new))
+    old, new = (to_matrices(whole(jnp.asarray(leaf, wide)), adapter.site) for leaf in (old, new))
     with jax.default_matmul_precision("highest"):
         u, s, vt = randomized_svd(jax.random.key(0), new - old, variant.rank, 2)
         left = jnp.linalg.norm(new - old - (u * s[..., None, :]) @ vt)
@@ -83,8 +84,10 @@ def _exported(path: str, before: Mapping[str, Any], after: Mapping[str, Any], ad
         )
     batch, inner, outer = adapter.site.sizes()
     factors = {
-        "A": jnp.concatenate([jnp.asarray(adapter.factors["A"], wide), a.reshape(*batch, *inner, -1)], -1),
-        "B": jnp.concatenate([jnp.asarray(adapter.factors["B"], wide), b.reshape(*batch, -1, *outer)], len(batch)),
+        "A": jnp.concatenate([whole(jnp.asarray(adapter.factors["A"], wide)), a.reshape(*batch, *inner, -1)], -1),
+        "B": jnp.concatenate(
+            [whole(jnp.asarray(adapter.factors["B"], wide)), b.reshape(*batch, -1, *outer)], len(batch)
+        ),
     }
     rank = 2 * variant.rank
     alpha = variant.scale * (math.sqrt(rank) if variant.scaling == "rank_stabilized" else rank)
