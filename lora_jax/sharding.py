@@ -26,8 +26,8 @@ def partition_specs(state: Any, base: Any) -> Any:
     So A follows the in axes, B the out axes, and both the batch axes: stacked layers, experts. A rank is never split,
     nor an axis that a variant splits in two, as LoKr does. The moments that an optimizer keeps of a factor follow the
     factor, if they have its shape (after other axes, where several are stacked); others, as Adafactor's, are whole. So
-    is what leaves share, as in VeRA. An array that belongs to no adapter stays where it lies on a mesh;
-    else it is split like the leaf of `base` that its path ends with, as frozen leaves are, or, as a step count, whole.
+    is what leaves share, as in VeRA. An array that belongs to no adapter stays where it lies on a mesh; else it is
+    split like the leaf of `base` that its path ends with, as frozen leaves are, or, as a step count, whole.
 
     Args:
       state: Any pytree with adapters in it, of arrays or of `jax.ShapeDtypeStruct`: `lora_params`, optimizer state, or
@@ -184,8 +184,9 @@ def check_mesh(path: str, leaf: Any, adapter: Adapter) -> None:
 
 def _same(mesh: Mesh | AbstractMesh, other: Mesh | AbstractMesh) -> bool:
     """Whether two meshes have the same axes, and the same devices in one order as far as is known."""
-    known = isinstance(mesh, Mesh) and isinstance(other, Mesh)
-    return mesh.shape == other.shape and not (known and mesh.devices.tolist() != other.devices.tolist())
+    if isinstance(mesh, Mesh) and isinstance(other, Mesh) and [*mesh.devices.flat] != [*other.devices.flat]:
+        return False
+    return mesh.shape == other.shape
 
 
 def _placed(state: Any, places: Mapping[str, Any], mesh: Mesh | AbstractMesh | None) -> Any:
