@@ -58,7 +58,7 @@ def initialize(environment: Mapping[str, str] = os.environ) -> None:
 
 def _launched(environment: Mapping[str, str]) -> bool:
     """Whether a launcher that JAX knows has started several processes."""
-    counts = (environment.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+    counts = (environment.get(name) or "1" for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
     return any(count != "1" for count in counts) or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
 
 

@@ -36,10 +36,10 @@ def under_automatic_axes(fun: Callable[..., Any], *operands: Any, out: Any) -> A
         result = fun(*jax.tree.map(lambda x: _moved(x, automatic), operands))
     if result is None or result is NotImplemented:
         return result
-    whole = NamedSharding(mesh, PartitionSpec())
+    unsplit = NamedSharding(mesh, PartitionSpec())
 
     def returned(value: Any, sharding: NamedSharding) -> Any:
-        return value if value is None else typed(value, whole if sharding.mesh.empty else sharding)
+        return value if value is None else typed(value, unsplit if sharding.mesh.empty else sharding)
 
     return jax.tree.map(returned, result, out, is_leaf=lambda x: x is None or is_factored(x))
 

@@ -175,9 +175,10 @@ def check_mesh(path: str, leaf: Any, adapter: Adapter) -> None:
     for name, factor in adapter.factors.items():
         other = on_mesh(factor)
         if own and other and not _same(own.mesh, other.mesh):
+            how = "other devices or another order" if own.mesh.shape == other.mesh.shape else dict(other.mesh.shape)
             raise ValueError(
-                f"{path!r} lies on a mesh of {dict(own.mesh.shape)}, and its factor {name} on another, of "
-                f"{dict(other.mesh.shape)}: move the adapter there with "
+                f"{path!r} lies on a mesh of {dict(own.mesh.shape)}, and its factor {name} on another, of {how}: "
+                "move the adapter there with "
                 "jax.device_put(lora_params, lora.shardings(lora_params, frozen))"
             )
 

@@ -1,4 +1,4 @@
-"""The tables and the figure of results.json: python experiments/scale/figure.py."""
+"""The README's tables and figure, of results.json, tpu.json and chips.json: python experiments/scale/figure.py."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,12 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+import run
+
+from lora_jax.plan.chips import CHIPS
 
 HERE = Path(__file__).parent
+NAMES = {"llama-3-8b": "8B", "llama-3-70b": "70B"}
 MESHES = {"fsdp n": 1, "fsdp n/8 × tp 8": 8}
 PARTS = {"base": "#8d99ae", "factors": "#d1495b", "optimizer": "#edae49"}
 
@@ -23,13 +27,56 @@ def scaled(rows, model, tp, adapted=True):
     return sorted((row for row in found if row["remat"] == "products"), key=lambda row: row["devices"])
 
 
-def tables(rows):
-    lines = [
-        "| model | mesh | devices | base | factors | optimizer | a step makes | together "
-        "| TFLOP | frozen | sent | frozen | LoRA adds |",
-        "|---|---" + "|---:" * 11 + "|",
-    ]
-    for model in ("llama-3-8b", "llama-3-70b"):
+def tables():
+    """All tables of the README, in its order."""
+    rows, tpu, chips = (json.loads((HERE / f"{name}.json").read_text()) for name in ("results", "tpu", "chips"))
+    return "\n\n".join(["\n".join(table) for table in (plans(rows), by_tpu(rows, tpu), by_chip(chips), grown(rows))])
+
+
+def head(*names, words):
+    return ["| " + " | ".join(names) + " |", "|---" * words + "|---:" * (len(names) - words) + "|"]
+
+
+def plans(rows):
+    parts = ("base", "factors", "optimizer", "a step makes", "together", "of 80 GB")
+    yield from head("", "chips", "sequences", "remat", *parts, words=4)
+    for model, mesh, batch, remat in run.STATED:
+        row = rows[run.name_of(model, mesh, batch, remat, True)]
+        held = row["bytes_per_device"]
+        sizes = (f"{held[part] / 1e9:.2f}" for part in ("base", "factors", "optimizer", "temporaries"))
+        cells = (NAMES[model], str(row["devices"]), str(batch), remat, *sizes, f"**{held['total'] / 1e9:.2f}**")
+        yield f"| {' | '.join(cells)} | {held['total'] / 80e9:.0%} |"
+
+
+def by_tpu(rows, tpu):
+    yield from head("", "remat", "a step makes", "together", "peak", "CPU's together", words=2)
+    for model, mesh, batch, remat in run.STATED:
+        row, found = (
+            rows[run.name_of(model, mesh, batch, remat, True)],
+            tpu[f"{model}, {mesh}, batch {batch}, remat {remat}"],
+        )
+        sizes = (*(found[part] for part in ("temporaries", "total", "peak")), row["bytes_per_device"]["total"])
+        cells = (f"{NAMES[model]}, {row['devices']} chip{'s' * (row['devices'] > 1)}", remat)
+        yield f"| {' | '.join([*cells, *(f'{size / 1e9:.1f}' for size in sizes)])} |"
+
+
+def by_chip(chips):
+    yield from head("", "remat", *(f"{name} {chip.memory / 1e9:.0f} GB" for name, chip in CHIPS.items()), words=2)
+    for name, found in chips.items():
+        model, remat = name.split(", remat ")
+        cells = []
+        for chip in CHIPS:
+            row, times = found[chip], found[chip]["chips"][chip]
+            low, high = (f"{1e3 * times[key]:,.0f}" for key in ("overlapped", "in_turn"))
+            size = row["bytes_per_device"]["total"] / 1e9
+            cells.append(f"{row['devices']}: {size:.3g} GB, {low if low == high else f'{low} to {high}'} ms")
+        yield f"| {NAMES[model]} | {remat} | {' | '.join(cells)} |"
+
+
+def grown(rows):
+    parts = ("base", "factors", "optimizer", "a step makes", "together")
+    yield from head("model", "mesh", "devices", *parts, "TFLOP", "frozen", "sent", "frozen", "LoRA adds", words=2)
+    for model in run.MODELS:
         for name, tp in MESHES.items():
             pairs = zip(scaled(rows, model, tp), scaled(rows, model, tp, adapted=False), strict=True)
             for row, frozen in pairs:
@@ -41,14 +88,13 @@ def tables(rows):
                 cells = [f"{held[part] / 1e9:.2f}" for part in ("base", "factors", "optimizer", "temporaries", "total")]
                 cells += [f"{x['flops_per_device'] / 1e12:.1f}" for x in (row, frozen)]
                 cells += [f"{sent / 1e9:.1f}", f"{alone / 1e9:.1f}", f"{sent / alone - 1:.2%}"]
-                lines.append(f"| {model} | {name} | {row['devices']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+                yield f"| {NAMES[model]} | {name} | {row['devices']} | {' | '.join(cells)} |"
 
 
 def draw(rows):
     """For each model: what a device holds, and what it sends, as the mesh grows."""
     figure, axes = plt.subplots(2, 3, figsize=(11, 6.4))
-    for line, model in zip(axes, ("llama-3-8b", "llama-3-70b"), strict=True):
+    for line, model in zip(axes, run.MODELS, strict=True):
         for axis, (name, tp) in zip(line, MESHES.items(), strict=False):
             found = scaled(rows, model, tp)
             devices = [row["devices"] for row in found]
@@ -82,6 +128,5 @@ def draw(rows):
 
 
 if __name__ == "__main__":
-    found = json.loads((HERE / "results.json").read_text())
-    print(tables(found))
-    draw(found)
+    print(tables())
+    draw(json.loads((HERE / "results.json").read_text()))

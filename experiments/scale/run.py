@@ -1,18 +1,21 @@
-"""Llama-3-8B and 70B on 8 to 256 devices, compiled: python experiments/scale/run.py [--draw]; writes results.json.
+"""Llama-3-8B and 70B on 8 to 256 devices, compiled: python experiments/scale/run.py [--draw].
 
-Each mesh is compiled in a process of its own, for its number of virtual devices; no weights, no accelerator. What
-results.json has already is not compiled again.
+Writes results.json, and to chips.json how many chips of each kind hold a step of eight sequences. Each mesh is compiled
+in a process of its own, for its number of virtual devices; no weights, no accelerator. What the files have is not
+compiled again.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-FILE = HERE / "results.json"
+FILE, CHIPS = HERE / "results.json", HERE / "chips.json"
 MODELS = ("llama-3-8b", "llama-3-70b")
 DEVICES = (8, 16, 32, 64, 128, 256)
 # The plans that the README states: 8B on one chip of 80 GB, 70B on eight.
@@ -46,6 +49,14 @@ def measured(model, mesh, batch, remat, adapted):
     return {"model": model, "adapted": adapted, **plan(Job(config, mesh, batch, remat=remat, **rules)).as_dict()}
 
 
+def fewest(model, remat):
+    """The fewest chips of each kind, by the command line."""
+    with tempfile.NamedTemporaryFile() as file:
+        command = [sys.executable, "-m", "lora_jax.cli", "plan", str(HERE / f"{model}.json"), "--batch", "8"]
+        subprocess.run([*command, "--remat", remat, "--json", file.name], stdout=subprocess.DEVNULL, check=True)
+        return json.load(file)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
@@ -67,9 +78,14 @@ def main():
         rows[name_of(*case)] = json.loads(done.stdout)
         print(name_of(*case), f"{rows[name_of(*case)]['compile_seconds']} s", flush=True)
         FILE.write_text(json.dumps(rows, indent=1) + "\n")
+    chips = json.loads(CHIPS.read_text()) if CHIPS.exists() else {}
+    for model, remat in itertools.product(MODELS, ("full", "products")):
+        if not arguments.draw and f"{model}, remat {remat}" not in chips:
+            chips[f"{model}, remat {remat}"] = fewest(model, remat)
+            CHIPS.write_text(json.dumps(chips, indent=1) + "\n")
     import figure
 
-    print(figure.tables(rows))
+    print(figure.tables())
     figure.draw(rows)
 
 
