@@ -37,6 +37,12 @@ def on_mesh(leaf: Any) -> NamedSharding | None:
     return lies if isinstance(lies, NamedSharding) else None
 
 
+def mesh_of(leaf: Any) -> Any:
+    """The mesh that an array lies on, if any; of a traced array the one that its type names."""
+    sharding = jax.typeof(leaf).sharding if isinstance(leaf, jax.core.Tracer) else on_mesh(leaf)
+    return None if sharding is None or sharding.mesh.empty else sharding.mesh
+
+
 def spec_of(placement: Any) -> PartitionSpec:
     """The spec of a placement; where there is none, the leaf is whole."""
     return placement if is_spec(placement) else getattr(placement, "spec", PartitionSpec())

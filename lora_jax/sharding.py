@@ -15,7 +15,7 @@ from lora_jax.axes import Axes, weight_axes
 from lora_jax.choice import first_matches
 from lora_jax.explicit import explicit_sharding, under_automatic_axes
 from lora_jax.factors import Adapter, is_adapter
-from lora_jax.placement import by_path, check_fits, is_spec, on_mesh, spec_of
+from lora_jax.placement import by_path, check_fits, is_spec, mesh_of, on_mesh, spec_of
 from lora_jax.sites import Site
 from lora_jax.variants.base import SHARED, Factors, Variant
 
@@ -170,16 +170,15 @@ def _axes(variant: Variant, site: Site) -> dict[str, Axes]:
 
 
 def check_mesh(path: str, leaf: Any, adapter: Adapter) -> None:
-    """Raises ValueError where a leaf and its factors lie on different meshes; traced arrays are not looked at."""
-    own = on_mesh(leaf)
+    """Raises ValueError where a leaf and its factors lie on different meshes."""
+    mesh = mesh_of(leaf)
     for name, factor in adapter.factors.items():
-        other = on_mesh(factor)
-        if own and other and not _same(own.mesh, other.mesh):
-            how = "other devices or another order" if own.mesh.shape == other.mesh.shape else dict(other.mesh.shape)
+        other = mesh_of(factor)
+        if mesh is not None and other is not None and not _same(mesh, other):
+            how = "other devices or another order" if mesh.shape == other.shape else dict(other.shape)
             raise ValueError(
-                f"{path!r} lies on a mesh of {dict(own.mesh.shape)}, and its factor {name} on another, of {how}: "
-                "move the adapter there with "
-                "jax.device_put(lora_params, lora.shardings(lora_params, frozen))"
+                f"{path!r} lies on a mesh of {dict(mesh.shape)}, and its factor {name} on another, of {how}: "
+                "move the adapter there with jax.device_put(lora_params, lora.shardings(lora_params, frozen))"
             )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -170,8 +172,9 @@ def test_merged_weights_lie_as_the_base_wherever_the_factors_come_from():
     lie(merged, {path: leaf.sharding for path, leaf in PLACED.items()})
 
 
-def adapted(variant=lora.LoRA(2)):  # noqa: B008
-    return lora.split(jax.random.key(0), PLACED, rules(variant))
+@functools.cache
+def adapted():
+    return lora.split(jax.random.key(0), PLACED, rules(lora.LoRA(2)))
 
 
 ERRORS = {
@@ -212,20 +215,24 @@ ERRORS = {
         "base lies on 0 meshes, and factors lie on one: give mesh=",
     ),
 }
-OTHER = jax.make_mesh((4, 2), ("f", "t"), axis_types=(AxisType.Auto,) * 2)
-SMALLER = jax.make_mesh((2,), ("f",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
-REVERSED = Mesh(MESH.devices[::-1], MESH.axis_names)
-for _mesh in (OTHER, SMALLER, REVERSED):
-    for _verb in (lora.attach, lora.merge):
+OTHER = {
+    "of another shape": jax.make_mesh((4, 2), ("f", "t"), axis_types=(AxisType.Auto,) * 2),
+    "of some devices": jax.make_mesh((2,), ("f",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2]),
+    "in another order": Mesh(MESH.devices[::-1], MESH.axis_names),
+}
+VERBS = {"attach": lora.attach, "merge": lora.merge, "attach under jit": jax.jit(lora.attach)}
 
-        def moved(mesh=_mesh, verb=_verb):
-            frozen, lora_params = adapted()
-            return verb(frozen, jax.device_put(lora_params, NamedSharding(mesh, P())))
 
-        ERRORS[f"{_verb.__name__}, factors on another mesh {dict(_mesh.shape)}"] = (
-            moved,
-            r"'heads' lies on a mesh of {'f': 2, 't': 4}, and its factor A on another, of .*lora.shardings\(",
-        )
+def moved(mesh, verb):
+    frozen, lora_params = adapted()
+    return verb(frozen, jax.device_put(lora_params, NamedSharding(mesh, P())))
+
+
+for _mesh, _verb in [*itertools.product(OTHER, ["attach", "merge"]), ("of another shape", "attach under jit")]:
+    ERRORS[f"{_verb}, factors on a mesh {_mesh}"] = (
+        functools.partial(moved, OTHER[_mesh], VERBS[_verb]),
+        r"'heads' lies on a mesh of {'f': 2, 't': 4}, and its factor A on another, of .*lora.shardings\(",
+    )
 
 
 @pytest.mark.parametrize("name", ERRORS)
