@@ -101,7 +101,8 @@ def test_each_round_of_batches_has_every_example_once():
 
 @pytest.mark.standard_promotion
 @pytest.mark.parametrize("model", ["tiny", None])
-def test_demo_from_end_to_end(model, tiny, tmp_path, capsys):
+def test_demo_from_end_to_end(model, tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)  # as most have it; the two processes below use two
     out = tmp_path / "deep" / "out"
     steps = 20 if model else 2
     options = ["--model", str(tiny), "--full", "--rank", "2"] if model else ["--no-figure", "--steps", "2"]

@@ -101,9 +101,11 @@ def docstrings(source: bytes | str) -> list[str]:
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     try:
         with warnings.catch_warnings(action="ignore"):  # of escapes in other people's strings
-            nodes = list(ast.walk(ast.parse(source)))
+            nodes: list[ast.AST] = [ast.parse(source)]
     except (SyntaxError, ValueError):  # templates, and samples of what must not parse
         return []
+    for node in nodes:  # which grows by what is in them; an expression has none within
+        nodes += [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr)]
     return [text for node in nodes if isinstance(node, kinds) and (text := ast.get_docstring(node))]
 
 
