@@ -1,0 +1,91 @@
+"""A training state as named arrays, in two parts: the adapters, and all else but the base."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import tree
+from lora_jax.factors import Adapter, LoraParams
+
+
+class Parts(NamedTuple):
+    """Arrays by name: of factors `path:factor`, of all else the path in the state. PRNG keys are held as their data."""
+
+    adapter: dict[str, Any]
+    rest: dict[str, Any]
+
+
+def take_apart(state: Any, frozen: Any, lora_params: LoraParams) -> tuple[Parts, Callable[[Parts], Any]]:
+    """The arrays of a state, and a function that makes a state like it of other arrays.
+
+    Args:
+      state: Any pytree that has `lora_params` in it, the object itself.
+      frozen: The base. A part of the state that has its structure is left out, and stays as it is in what is rebuilt.
+      lora_params: The adapters.
+
+    Raises:
+      ValueError: The adapters are not in the state; or the base is, in a tree of another structure.
+    """
+    base, structure = tree.flatten(frozen)
+
+    def is_base(node: Any) -> bool:
+        return jax.tree.structure(node) == structure and structure.num_nodes > 1 and _shapes(node) == _shapes(frozen)
+
+    leaves, treedef = tree.flatten(state, is_leaf=lambda node: node is lora_params or is_base(node))
+    if not any(x is lora_params for x in leaves.values()):
+        raise ValueError("the adapters are no part of the state: give lora_params=, a function from a state to them")
+    rest = {path: x for path, x in leaves.items() if tree.is_array(x) or isinstance(x, int | float)}
+    _refuse_base(rest, base)
+
+    def rebuilt(parts: Parts) -> Any:
+        def adapter(path: str, like: Adapter) -> Adapter:
+            factors = {name: _like(x, parts.adapter[f"{path}:{name}"]) for name, x in like.factors.items()}
+            return dataclasses.replace(like, factors=factors)
+
+        adapters = {path: adapter(path, like) for path, like in lora_params.items()}
+        others = {path: _like(x, parts.rest[path]) for path, x in rest.items()}
+        filled = {p: adapters if x is lora_params else others.get(p, x) for p, x in leaves.items()}
+        return tree.unflatten(treedef, filled)
+
+    factors = {f"{path}:{name}": x for path, a in lora_params.items() for name, x in a.factors.items()}
+    return Parts(factors, {path: _data(x) for path, x in rest.items()}), rebuilt
+
+
+def _data(x: Any) -> Any:
+    """An array that can be written."""
+    if isinstance(x, int | float):
+        return np.asarray(x)
+    if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return x
+    return jax.eval_shape(jax.random.key_data, x) if isinstance(x, jax.ShapeDtypeStruct) else jax.random.key_data(x)
+
+
+def _like(like: Any, data: Any) -> Any:
+    """The inverse of `_data`."""
+    if isinstance(like, int | float):
+        return type(like)(data)
+    if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
+    return data
+
+
+def _shapes(node: Any) -> list[Any]:
+    return [getattr(x, "shape", None) for x in jax.tree.leaves(node)]
+
+
+def _refuse_base(rest: Mapping[str, Any], base: Mapping[str, Any]) -> None:
+    """Raises where an array of the state is a leaf of the base, by the end of its path and its shape."""
+    for path, x in rest.items():
+        parts = path.split("/")
+        for end in ("/".join(parts[i:]) for i in range(len(parts))):
+            if np.ndim(x) and end in base and np.shape(x) == np.shape(base[end]):
+                raise ValueError(
+                    f"the state has the base's {end!r} at {path!r}, and checkpoints hold no base weights: keep only "
+                    "lora_params in the state, or the base as a whole, in a tree like `frozen`"
+                )
