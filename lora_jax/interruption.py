@@ -27,11 +27,8 @@ class Interrupted(SystemExit):
     def __init__(self, number: int, step: int, folder: Path):
         super().__init__(128 + number)
         self.signal, self.step, self.folder = signal.Signals(number), step, folder
-        print(
-            f"stopped by {self.signal.name} after step {step}, saved in {folder}; to go on, the same again:\n"
-            f"  {shlex.join(sys.orig_argv)}",
-            file=sys.stderr,
-        )
+        again = "call fit again" if hasattr(sys, "ps1") else f"the same command:\n  {shlex.join(sys.orig_argv)}"
+        print(f"stopped by {self.signal.name} after step {step}, saved in {folder}; to go on, {again}", file=sys.stderr)
 
 
 @contextlib.contextmanager

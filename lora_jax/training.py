@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.adapters import attach, dropout
 from lora_jax.factors import LoraParams
-from lora_jax.formats.orbax import Checkpoints
 from lora_jax.interruption import Interrupted, interruptions
 from lora_jax.lift import lift
 from lora_jax.placement import on_mesh
 from lora_jax.recipes import accumulated
+
+if TYPE_CHECKING:  # orbax takes long to import
+    from lora_jax.formats.orbax import Checkpoints
 
 Metrics = dict[str, Any]  # scalars by name
 Hook = Callable[[int, "State", Metrics], Mapping[str, Any] | None]
@@ -222,17 +225,18 @@ def fit(
     source, done, stop = iter(data), int(state.step), False
     resumable: list[Any] = [x for x in (source, *hooks) if hasattr(x, "get_state") and hasattr(x, "set_state")]
     if checkpoints and (restored := checkpoints.read(state)):
-        state, done, stop = restored.state, restored.step, restored.position["stop"]
-        saved = len(restored.position["states"])
-        if saved != len(resumable):
+        state, done = restored.state, restored.step
+        position = restored.position or {"stop": False, "states": []}  # one that was saved without `fit` has none
+        stop, states = position["stop"], position["states"]
+        if len(states) != len(resumable):
             raise ValueError(
-                f"{checkpoints.folder}: step {done} was saved with {saved} iterators and hooks that resume, and there "
-                f"are {len(resumable)}: give the same data and hooks, or start in another folder"
+                f"{checkpoints.folder}: step {done} was saved with {len(states)} iterators and hooks that resume, and "
+                f"there are {len(resumable)}: give the same data and hooks, or start in another folder"
             )
-        for x, its in zip(resumable, restored.position["states"], strict=True):
+        for x, its in zip(resumable, states, strict=True):
             x.set_state(its)
-    if source not in resumable:
-        next(itertools.islice(source, done - 1, None), None) if done else None
+    if not hasattr(source, "set_state"):
+        collections.deque(itertools.islice(source, done), maxlen=0)  # passed over
     with interruptions() if checkpoints else contextlib.nullcontext(lambda step: None) as asked:
         while done < steps and not stop:
             try:
