@@ -59,8 +59,8 @@ def take_apart(state: Any, frozen: Any, lora_params: LoraParams) -> tuple[Parts,
 
 def _data(x: Any) -> Any:
     """An array that can be written."""
-    if isinstance(x, int | float):
-        return np.asarray(x)
+    if isinstance(x, int | float):  # an int as JAX has it: a step count may be one or the other
+        return np.asarray(x, jnp.result_type(int) if isinstance(x, int) and abs(x) < 2**31 else None)
     if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return x
     return jax.eval_shape(jax.random.key_data, x) if isinstance(x, jax.ShapeDtypeStruct) else jax.random.key_data(x)
