@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import operator
 import os
@@ -24,6 +25,8 @@ from lora_jax.formats import manifest
 from lora_jax.formats.description import restored
 from lora_jax.formats.parts import Parts, take_apart
 from lora_jax.placement import on_mesh
+
+log = logging.getLogger("lora_jax")
 
 
 class Restored(NamedTuple):
@@ -106,7 +109,7 @@ class Checkpoints:
         for step, metrics in manifest.metrics(self.folder).items():
             self._note(step, metrics)
         self._manager = self._opened(AnyPreservationPolicy([LatestN(keep_last), _Best(keep_best, self._values)]))
-        self._thread = ThreadPoolExecutor(1, "checkpoints")
+        self._thread: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "checkpoints")
 
     def save(self, step: int, state: Any, *, metrics: Mapping[str, Any] | None = None, position: Any = None) -> None:
         """Starts to save a state; it may be donated right after.
@@ -124,9 +127,11 @@ class Checkpoints:
           OSError: The save before failed.
         """
         self.wait()
-        lora_params = self._lora_params(state)
+        lora_params = self._adapters(state)
         parts, _ = take_apart(state, self._frozen, lora_params)
         about = {"step": step, "base": self._base, **manifest.described(parts, lora_params)}
+        if self._thread is None:
+            raise ValueError(f"the checkpoints in {self.folder} are closed: save before the `with` block ends")
         self._pending = self._thread.submit(
             self._write, step, _copied(parts), about, dict(metrics or {}), json.dumps(position)
         )
@@ -159,7 +164,7 @@ class Checkpoints:
             return None
         self._manager.reload()
         step, folder, about = newest
-        lora_params = self._lora_params(state)
+        lora_params = self._adapters(state)
         parts, rebuilt = take_apart(state, self._frozen, lora_params)
         check_base(str(folder), about["base"], self._base)
         manifest.check(str(folder), about, manifest.described(parts, lora_params))
@@ -175,10 +180,13 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the last save, and ends the thread."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
         try:
             self.wait()
         finally:
-            self._thread.shutdown()
+            thread.shutdown()
             self._manager.close()
 
     def __enter__(self) -> Checkpoints:
@@ -206,8 +214,19 @@ class Checkpoints:
         except Exception as error:  # whatever orbax and tensorstore raise
             for left in self.folder.glob(f"{step}.*tmp*"):
                 shutil.rmtree(left, ignore_errors=True)
-            raise OSError(
-                f"{self.folder / str(step)} could not be written ({error}); checkpoints before it are as they were"
+            place = self.folder / str(step)
+            message = f"{place} could not be written ({error}); checkpoints before it are as they were"
+            if "interpreter shutdown" in str(error):  # nobody will ask any more
+                log.error("%s: wait for it, by close() or a `with` block, before the program ends", message)
+            raise OSError(message) from error
+
+    def _adapters(self, state: Any) -> LoraParams:
+        try:
+            return self._lora_params(state)
+        except (AttributeError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"no adapters are found in a {type(state).__name__} ({error}): give Checkpoints lora_params=, a "
+                "function from a state to the adapters in it"
             ) from error
 
     def _note(self, step: int, metrics: Mapping[str, Any]) -> None:
