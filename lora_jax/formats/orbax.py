@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import json
-import logging
 import math
 import operator
 import os
 import shutil
+import threading
+import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -25,8 +27,6 @@ from lora_jax.formats import manifest
 from lora_jax.formats.description import restored
 from lora_jax.formats.parts import Parts, take_apart
 from lora_jax.placement import on_mesh
-
-log = logging.getLogger("lora_jax")
 
 
 class Restored(NamedTuple):
@@ -110,6 +110,7 @@ class Checkpoints:
             self._note(step, metrics)
         self._manager = self._opened(AnyPreservationPolicy([LatestN(keep_last), _Best(keep_best, self._values)]))
         self._thread: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "checkpoints")
+        _before_exit(weakref.WeakMethod(self.close))
 
     def save(self, step: int, state: Any, *, metrics: Mapping[str, Any] | None = None, position: Any = None) -> None:
         """Starts to save a state; it may be donated right after.
@@ -214,11 +215,9 @@ class Checkpoints:
         except Exception as error:  # whatever orbax and tensorstore raise
             for left in self.folder.glob(f"{step}.*tmp*"):
                 shutil.rmtree(left, ignore_errors=True)
-            place = self.folder / str(step)
-            message = f"{place} could not be written ({error}); checkpoints before it are as they were"
-            if "interpreter shutdown" in str(error):  # nobody will ask any more
-                log.error("%s: wait for it, by close() or a `with` block, before the program ends", message)
-            raise OSError(message) from error
+            raise OSError(
+                f"{self.folder / str(step)} could not be written ({error}); checkpoints before it are as they were"
+            ) from error
 
     def _adapters(self, state: Any) -> LoraParams:
         try:
@@ -260,6 +259,15 @@ class Checkpoints:
         """Writes the manifest into what is written, before it gets its name; by one process, once all are done."""
         (folder,) = self.folder.glob(f"{self._manifest['step']}.*tmp*")
         manifest.write(folder, self._manifest)
+
+
+def _before_exit(close: Callable[[], Callable[[], None] | None]) -> None:
+    """Has the last save of whoever did not wait for it end, or fail, before Python's threads do.
+
+    Otherwise orbax waits minutes for threads that no longer start; `atexit` comes after those have ended. Python 3.12
+    starts no thread any more even here, so that the save may fail: then it says so.
+    """
+    getattr(threading, "_register_atexit", atexit.register)(lambda: (alive := close()) and alive())
 
 
 class _Manager(ocp.CheckpointManager):
