@@ -73,6 +73,7 @@ def process(folder, names):
 
     params = {path: part(array, SPECS[path]) for path, array in PARAMS.items()}
     batch = part(BATCH, P(None, ("data", "fsdp")))
+    assert lora.fingerprint({**params, "own": BATCH}) == lora.fingerprint({**PARAMS, "own": BATCH})
     for name in names:
         after, losses, summary, merged, before = found(params, batch, VARIANTS[name])
         places = lora.shardings(after, params)
