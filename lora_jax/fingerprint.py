@@ -1,4 +1,4 @@
-"""Fingerprint: which base is this? Told by paths, shapes, dtypes and a few entries, while the leaves stay where they are."""
+"""Fingerprint: which base is this? Told by paths, shapes, dtypes and a few entries, while the leaves stay in place."""
 
 from __future__ import annotations
 
