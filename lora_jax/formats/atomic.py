@@ -9,16 +9,16 @@ import secrets
 from pathlib import Path
 
 REMEDIES = {
-    errno.ENOENT: "its folder does not exist: make it first",
-    errno.ENOTDIR: "what should be its folder is a file: choose another folder",
-    errno.EISDIR: "this is a folder: give the name of a file in it",
-    errno.EACCES: "its folder may not be written to: choose another, or change its permissions",
-    errno.EPERM: "its folder may not be written to: choose another, or change its permissions",
-    errno.EROFS: "its file system is read-only: choose another folder",
-    errno.ENOSPC: "the disk is full: free some space, or choose another",
-    errno.EDQUOT: "the disk quota is used up: free some space, or choose another disk",
-    errno.EFBIG: "the file is larger than this process may write, or than the file system holds: choose another",
-    errno.ENAMETOOLONG: "the name is too long: take a shorter one",
+    errno.ENOENT: "make its folder first",
+    errno.ENOTDIR: "choose another folder",
+    errno.EISDIR: "give the name of a file in it",
+    errno.EACCES: "choose another folder, or change this one's permissions",
+    errno.EPERM: "choose another folder, or change this one's permissions",
+    errno.EROFS: "choose another folder",
+    errno.ENOSPC: "free some space, or choose another disk",
+    errno.EDQUOT: "free some space, or choose another disk",
+    errno.EFBIG: "choose another disk, or raise the limit that `ulimit -f` shows",
+    errno.ENAMETOOLONG: "take a shorter one",
 }
 
 
@@ -59,8 +59,8 @@ def write(path: str | os.PathLike[str], content: bytes) -> Path:
         _keep_name(path.parent)
     except OSError as error:
         cause = error.strerror or str(error)
-        remedy = REMEDIES.get(error.errno or 0)
-        raise OSError(error.errno, f"{path}: not written, {cause}" + (f"; {remedy}" if remedy else "")) from error
+        remedy = REMEDIES.get(error.errno or 0, "what was there is as it was")
+        raise OSError(error.errno, f"{path}: not written ({cause}): {remedy}") from error
     return path
 
 

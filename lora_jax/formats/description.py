@@ -79,9 +79,9 @@ def check(lora_params: Mapping[str, Adapter]) -> None:
 def _restored(path: str, entry: Any) -> Adapter:
     name = entry.get("variant") if isinstance(entry, dict) else None
     if not isinstance(name, str) or name not in Variant.registry:
-        shown = name if isinstance(name, str) and name.isidentifier() else shown(name)
+        which = name if isinstance(name, str) and name.isidentifier() else shown(name)
         known = ", ".join(sorted(Variant.registry))
-        raise ValueError(f"{path!r} is a {shown}, and known are {known}: import the module that defines {shown}")
+        raise ValueError(f"{path!r} is a {which}, and known are {known}: import the module that defines {which}")
     try:
         variant, site = _described(entry)
         if site.kind == SHARED and not variant.shared:
