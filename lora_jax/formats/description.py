@@ -57,23 +57,32 @@ def restore(described: Any) -> LoraParams:
     return {path: _restored(path, entry) for path, entry in sorted(described.items())}
 
 
-def shown(value: Any) -> str:
-    """The beginning of a value that may be anything, for a message."""
-    text = reprlib.repr(value)
-    return text if len(text) < 80 else text[:77] + "..."
-
-
 def check(lora_params: Mapping[str, Adapter]) -> None:
     """Checks that each factor is what its variant makes of its leaf, by shape.
 
     Raises:
       ValueError: One is not, or shared factors are missing.
     """
+    seen = set()
     for path, adapter in together(lora_params).items():
+        if odd := [name for name, x in adapter.factors.items() if not tree.is_array(x)]:
+            raise ValueError(f"the adapter at {path!r} has a factor {odd[0]!r} that is no array")
+        factors = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in adapter.factors.items()}
+        form = adapter.variant, adapter.site, *factors.items()
+        if form in seen:
+            continue
+        leaf = jax.ShapeDtypeStruct(adapter.site.shape, "float32")
         try:
-            applied_to(jax.ShapeDtypeStruct(adapter.site.shape, "float32"), path, adapter)
+            applied_to(leaf, path, Adapter(factors, adapter.variant, adapter.site))
         except Exception as error:  # a variant may be anyone's, and was written for factors that fit
             raise ValueError(_misfit(path, error)) from error
+        seen.add(form)
+
+
+def shown(value: Any, length: int = 80) -> str:
+    """The beginning of what a message quotes, which may be anything, as one line."""
+    text = " ".join(str(value).split()) if isinstance(value, Exception) else reprlib.repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def _restored(path: str, entry: Any) -> Adapter:
@@ -141,8 +150,7 @@ def _whole_numbers(name: str, values: Any, end: int) -> tuple[int, ...]:
 
 
 def _misfit(path: str, error: Exception) -> str:
-    cause = " ".join(str(error).split())
-    return f"the adapter at {path!r} does not fit its description: {cause or type(error).__name__}"
+    return f"the adapter at {path!r} does not fit its description: {shown(error, 300) or type(error).__name__}"
 
 
 # A function of adapters that `jax.export` writes to bytes keeps their variants and axes in the same words.

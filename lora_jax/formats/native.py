@@ -48,7 +48,8 @@ def save(path: str | os.PathLike[str], lora_params: Mapping[str, Adapter], base:
 
     Raises:
       ValueError: There is nothing to save; a dtype or a variant's field has no form in a file; `base` does not have the
-        leaves; or a factor is spread over several processes, and none holds it whole.
+        leaves; factors are not those of their variant, or of other shapes, as in a bank; or one is spread over several
+        processes, and none holds it whole.
       OSError: The file cannot be written; what was there is as it was.
 
     >>> import tempfile, lora_jax as lora
@@ -62,14 +63,17 @@ def save(path: str | os.PathLike[str], lora_params: Mapping[str, Adapter], base:
     try:
         if not lora_params:
             raise ValueError("lora_params is empty, so there is nothing to save")
+        check(lora_params)
         _check_factors(lora_params)
         described = {"format": FORMAT, "lora_jax": lora_jax.__version__, "adapters": describe(lora_params)}
         if base is not None:
             described["base"] = _fitting(base, lora_params)
+        # In C order, since safetensors writes an array's memory as it lies.
+        tensors = {f"{p}:{n}": np.asarray(x, order="C") for p, a in lora_params.items() for n, x in a.factors.items()}
+        if odd := _misnamed(tensors, jax.tree.leaves(restore(described["adapters"]))):
+            raise ValueError(f"{odd[0]!r} is a factor that its variant does not have, lacks, or has twice: rename it")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    # In C order, since safetensors writes an array's memory as it lies.
-    tensors = {f"{p}:{n}": np.asarray(x, order="C") for p, a in lora_params.items() for n, x in a.factors.items()}
     # One entry alone: safetensors writes several in no fixed order.
     return atomic.write(path, serialize(tensors, {"lora_jax": json.dumps(described, sort_keys=True)}))
 
@@ -123,6 +127,12 @@ def _check_factors(lora_params: Mapping[str, Adapter]) -> None:
                 )
             if x.dtype.name not in DTYPES.values():
                 raise ValueError(f"{path!r} has factor {name} in {x.dtype.name}, which safetensors has not: cast it")
+
+
+def _misnamed(names: Mapping[str, Any], expected: list[str]) -> list[str]:
+    """The tensors that would not be found again."""
+    odd = sorted(names.keys() ^ {*expected})
+    return odd if odd or len(expected) == len(names) else sorted(n for n in names if expected.count(n) > 1)
 
 
 def _fitting(base: Any, lora_params: Mapping[str, Adapter]) -> dict[str, str]:
@@ -196,7 +206,7 @@ def _arrays(content: bytes) -> dict[str, jax.Array]:
     try:
         found = deserialize(content)
     except SafetensorError as error:
-        raise ValueError(f"no whole safetensors file ({error}): copy or save it again") from error
+        raise ValueError(f"no whole safetensors file ({shown(error)}): copy or save it again") from error
     arrays = {}
     for name, tensor in found:
         dtype = jnp.dtype(DTYPES[tensor["dtype"]]) if tensor["dtype"] in DTYPES else None
@@ -221,4 +231,4 @@ def _json(text: str | bytes, what: str) -> Any:
     try:
         return json.loads(text if isinstance(text, str) else text.decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"its {what} is damaged ({' '.join(str(error).split())}): copy or save it again") from error
+        raise ValueError(f"its {what} is damaged ({shown(error)}): copy or save it again") from error
