@@ -137,7 +137,7 @@ BASE = {"dense": {"kernel": np.ones((4, 2), "float32"), "bias": np.zeros(2, "flo
 OTHERS = {
     "renamed": (
         lambda b: b["dense"].update(kernl=b["dense"].pop("kernel")),
-        r"differs in 2 of 4 leaves. The first is 'dense/kernel': this base has no such leaf; close matches: dense/kernl",
+        r"differs in 2 of 4 leaves. The first is 'dense/kernel': this base has no such leaf; close matches: dense/k",
     ),
     "larger": (lambda b: b.update(extra=b["head"]), r"1 of 4 leaves. The first is 'extra': that base had no such leaf"),
     "cast": (

@@ -67,7 +67,8 @@ def check(lora_params: Mapping[str, Adapter]) -> None:
     for path, adapter in together(lora_params).items():
         if odd := [name for name, x in adapter.factors.items() if not tree.is_array(x)]:
             raise ValueError(f"the adapter at {path!r} has a factor {odd[0]!r} that is no array")
-        factors = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in adapter.factors.items()}
+        dtypes = {name: jax.dtypes.canonicalize_dtype(x.dtype) for name, x in adapter.factors.items()}
+        factors = {name: jax.ShapeDtypeStruct(x.shape, dtypes[name]) for name, x in adapter.factors.items()}
         form = adapter.variant, adapter.site, *factors.items()
         if form in seen:
             continue

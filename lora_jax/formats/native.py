@@ -217,7 +217,10 @@ def _arrays(content: bytes) -> dict[str, jax.Array]:
                 f"{name!r} is {dtype.name}, of which JAX would lose half the bits: "
                 'jax.config.update("jax_enable_x64", True) first'
             )
-        arrays[name] = jnp.asarray(np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"]))
+        try:
+            arrays[name] = jnp.asarray(np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"]))
+        except ValueError as error:
+            raise ValueError(f"no array has the shape of {name!r}, {shown(tensor['shape'])}") from error
     return arrays
 
 
