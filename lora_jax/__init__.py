@@ -10,6 +10,7 @@ from lora_jax.diagnostics import amplification, effective_rank, singular_values,
 from lora_jax.explain import Explained, Explanation, explain
 from lora_jax.factored import Factored, FactoredError
 from lora_jax.factors import Adapter, shared
+from lora_jax.fingerprint import fingerprint
 from lora_jax.formats.native import load, save
 from lora_jax.initial.capture import Moments, capture
 from lora_jax.initial.corda import corda
@@ -72,6 +73,7 @@ __all__ = [
     "explain",
     "extract",
     "fa_gradients",
+    "fingerprint",
     "lift",
     "load",
     "loftq",

@@ -1,4 +1,4 @@
-"""Fingerprint: which base is this? Told by paths, shapes, dtypes and a few entries of each leaf."""
+"""Fingerprint: which base is this? Told by paths, shapes, dtypes and a few entries, while the leaves stay in place."""
 
 from __future__ import annotations
 
@@ -133,12 +133,17 @@ def _read(leaf: Any) -> Iterator[tuple[np.ndarray, Any]]:
 
 
 def _entries(array: jax.Array, where: np.ndarray) -> Any:
-    """Entries of an array on one device, and some more."""
+    """Entries of an array on one device, and perhaps some more."""
     (device,) = array.devices()
-    if device.platform == "cpu":
-        return np.asarray(array)[tuple(where)].reshape(-1)  # a view of the same memory
-    # As many for each array, so that those of one form take one program; out of the host's memory where they lie there.
-    return _take(jax.device_put(array, device), np.resize(where.T, (SAMPLES, len(where))).T.astype(np.int32))
+    # In a processor's own memory, what NumPy has is a view.
+    return np.asarray(array)[tuple(where)].reshape(-1) if device.platform == "cpu" else _gathered(array, where)
+
+
+def _gathered(array: jax.Array, where: np.ndarray) -> jax.Array:
+    """64 entries, of which the first are those asked for: as many for each array, so that few programs are made."""
+    (device,) = array.devices()
+    padded = np.resize(where.T, (SAMPLES, len(where))).T.astype(np.int32)
+    return _take(jax.device_put(array, device), padded)  # out of the host's memory, where it was offloaded there
 
 
 @jax.jit

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import functools
 import json
+import os
+import random
+import resource
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import chex
 import jax
@@ -16,8 +23,10 @@ import orbax.checkpoint
 import pytest
 import safetensors.flax
 from checks import randomized
+from damage import damaged
 
 import lora_jax as lora
+from lora_jax.formats.description import describe, restore
 
 PARAMS = {
     "dense": {"kernel": jnp.ones((8, 4)), "bias": jnp.zeros(4)},
@@ -83,18 +92,128 @@ def test_arrays_in_any_memory_order(tmp_path):
     np.testing.assert_array_equal(factors["B"], b)
 
 
-def test_what_is_there_survives_a_failure(tmp_path, monkeypatch):
+class Full:
+    """A disk without space, or a user who does not wait: whatever is raised by fsync, which comes last."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, _):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), OSError("odd"), KeyboardInterrupt()]
+)
+def test_what_is_there_survives_a_failure(error, tmp_path, monkeypatch):
     path = lora.save(tmp_path / "adapter", LORA_PARAMS)
     before = path.read_bytes()
-
-    def full(_):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="no space left"):
+    monkeypatch.setattr("os.fsync", Full(error))
+    with pytest.raises(type(error)) as raised:
         lora.save(path, INITIAL)
+    if isinstance(error, OSError):
+        assert raised.value.errno == error.errno and f"{path}: not written (" in str(raised.value)
+    if getattr(error, "errno", None):
+        assert "(No space left on device): free some space" in str(raised.value)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_the_system_stops_writing(tmp_path):
+    path = lora.save(tmp_path / "adapter", LORA_PARAMS)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"adapter: not written \(File too large\): choose another disk") as raised:
+            lora.save(path, INITIAL)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert raised.value.errno == errno.EFBIG and path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_paths_that_cannot_be_written(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"none/adapter: not written \(No such .*\): make its folder first"):
+        lora.save(tmp_path / "none" / "adapter", LORA_PARAMS)
+    with pytest.raises(IsADirectoryError, match="give the name of a file in it"):
+        lora.save(tmp_path, LORA_PARAMS)
+    with pytest.raises(OSError, match=r"not written \(File name too long\): take a shorter one"):
+        lora.save(tmp_path / ("a" * 256), LORA_PARAMS)
+    file = lora.save(tmp_path / ("a" * 255), LORA_PARAMS)
+    with pytest.raises(NotADirectoryError, match="choose another folder"):
+        lora.save(file / "adapter", LORA_PARAMS)
+    monkeypatch.setattr("os.replace", lambda *_: Full(OSError(errno.EROFS, os.strerror(errno.EROFS)))(_))
+    with pytest.raises(OSError, match=r"\(Read-only file system\): choose another folder") as raised:
+        lora.save(tmp_path / "adapter", LORA_PARAMS)
+    assert raised.value.errno == errno.EROFS and list(tmp_path.iterdir()) == [file]
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    def saved(change, path="dense/kernel"):
+        adapter = LORA_PARAMS[path]
+        return lora.save(tmp_path / "adapter", {path: change(adapter)})
+
+    def factors(adapter, **change):
+        return dataclasses.replace(adapter, factors={**adapter.factors, **change})
+
+    with pytest.raises(ValueError, match="adapter: 'dense/kernel' has factor A in int4, which safetensors has not"):
+        saved(lambda a: factors(a, A=a.factors["A"].astype("int4")))
+    with pytest.raises(ValueError, match=r"adapter: the adapter at 'dense/kernel' does not fit.*\(3, 8, 2\)"):
+        saved(lambda a: jax.tree.map(lambda x: jnp.stack([x] * 3), a))
+    with pytest.raises(ValueError, match="'A' that is no array"):
+        saved(lambda a: factors(a, A=None))
+    with pytest.raises(ValueError, match="'dense/kernel:C' is a factor that its variant does not have"):
+        saved(lambda a: factors(a, C=jnp.ones(2)))
+    assert not [*tmp_path.iterdir()]
+    eight = saved(lambda a: jax.tree.map(lambda x: x.astype("float8_e5m2"), a))
+    assert lora.load(eight)["dense/kernel"].factors["A"].dtype == "float8_e5m2"
+    wide = saved(lambda a: jax.tree.map(lambda x: np.asarray(x, np.float64), a))
+    with pytest.raises(ValueError, match="'dense/kernel:A' is float64, .* half the bits: .*jax_enable_x64"):
+        lora.load(wide)
+
+
+def test_a_description_is_json():
+    described = describe(LORA_PARAMS)
+    assert json.loads(json.dumps(described)) == described
+    names = restore(described)
+    assert names["stack"].factors == {"A": "stack:A", "B": "stack:B"}
+    assert jax.tree.structure(names) == jax.tree.structure(LORA_PARAMS)
+
+
+def test_the_base_it_was_made_for(tmp_path):
+    path = lora.save(tmp_path / "adapter", LORA_PARAMS, FROZEN)
+    chex.assert_trees_all_equal(lora.load(path), LORA_PARAMS)
+    chex.assert_trees_all_equal(lora.load(path, FROZEN), LORA_PARAMS)
+    known = lora.fingerprint(FROZEN)
+    assert lora.save(tmp_path / "other", LORA_PARAMS, known).read_bytes() == path.read_bytes()
+    chex.assert_trees_all_equal(lora.load(path, known), LORA_PARAMS)
+    other = {**FROZEN, "dense": jax.tree.map(lambda x: x + 1, FROZEN["dense"])}
+    with pytest.raises(ValueError, match="adapter: made for another base, .* 2 of 4 leaves. The first is 'dense/bias'"):
+        lora.load(path, other)
+    anonymous = lora.save(tmp_path / "anonymous", LORA_PARAMS)
+    chex.assert_trees_all_equal(lora.load(anonymous, other), LORA_PARAMS)
+    smaller = {**FROZEN, "stack": FROZEN["stack"][:2]}
+    for act in (lambda base: lora.load(anonymous, base), lambda base: lora.save(tmp_path / "new", LORA_PARAMS, base)):
+        with pytest.raises(
+            ValueError, match=r"adapts 'stack' in shape \(3, 6, 2, 4\), and base has float32\[2,6,2,4\]"
+        ):
+            act(smaller)
+        with pytest.raises(ValueError, match="adapts 'dense/bias', and base has no such leaf: .* matches: bias"):
+            act(FROZEN["dense"])
+        with pytest.raises(ValueError, match="'dense/bias' is a ShapeDtypeStruct"):
+            act(jax.eval_shape(lambda: FROZEN))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_file_of_the_first_format():
+    """As its writer left it; by now `save` writes another."""
+    loaded = lora.load(
+        Path(__file__).parent / "fixtures" / "format_1.safetensors", {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+    )
+    assert loaded["w"].variant == lora.LoRA(rank=1, alpha=4) and loaded["b"].variant == lora.Full()
+    assert loaded["w"].site.in_axes == (0,) and loaded["w"].site.shape == (2, 3)
+    expected = {"w": {"A": [[1.0], [2.0]], "B": [[0.5, 1.5, 2.5]]}, "b": {"weight": [0.5, 1.5, 2.5]}}
+    assert jax.tree.map(lambda x: x.tolist(), {p: a.factors for p, a in loaded.items()}) == expected
 
 
 def rewritten(path, change):
@@ -107,8 +226,8 @@ def rewritten(path, change):
 
 
 BROKEN = {
-    "a missing tensor": (lambda d, t: t.pop("dense/kernel:A"), r"'dense/kernel' does not fit .*'dense/kernel:A'"),
-    "a tensor too many": (lambda d, t: t.update({"x:A": jnp.ones(2)}), r"belong to no adapter: x:A"),
+    "a missing tensor": (lambda d, t: t.pop("dense/kernel:A"), r"lacks 'dense/kernel:A' and 0 others"),
+    "a tensor too many": (lambda d, t: t.update({"x:A": jnp.ones(2)}), r"belong to no adapter: 'x:A'"),
     "another shape": (
         lambda d, t: t.update({"dense/kernel:A": jnp.ones((8, 3), jnp.bfloat16)}),
         r"'dense/kernel' does not fit its description: .*shape \(8, 3\) does not fit",
@@ -126,10 +245,43 @@ BROKEN = {
         r"'dense/kernel' does not fit its description: .*magic",
     ),
     "a bad field": (lambda d, t: d["adapters"]["dense/kernel"]["fields"].update(rank=0), r"rank is a whole number"),
-    "no format": (lambda d, t: d.pop("format"), r"its metadata is damaged \(KeyError: 'format'\)"),
+    "no format": (lambda d, t: d.pop("format"), r"its metadata is damaged \(format None\)"),
     "no adapters": (lambda d, t: d.update(adapters=[]), r"its metadata is damaged"),
     "an empty entry": (lambda d, t: d["adapters"].update(x={}), r"'x' is a None, and known are"),
-    "a newer format": (lambda d, t: d.update(format=2), r"format 2, and this version reads format 1: update"),
+    "a newer format": (lambda d, t: d.update(format=3), r"format 3, and this version reads formats up to 2: update"),
+    "a format that is none": (lambda d, t: d.update(format=True), r"its metadata is damaged \(format True\)"),
+    "more than it should": (lambda d, t: d.update(magic=1), r"its metadata is damaged \(an unknown entry 'magic'\)"),
+    "less than it should": (lambda d, t: d.pop("lora_jax"), r"its metadata is damaged \(no entry 'lora_jax'\)"),
+    "a base that is none": (lambda d, t: d.update(base={"w": 1}), r"a version or a fingerprint that is none"),
+    "empty": (lambda d, t: d.update(adapters={}), r"its metadata is damaged: adapters are {}"),
+    "no metadata": (lambda d, t: d.clear(), r"its metadata is damaged \(format None\)"),
+    "a field that is a list": (
+        lambda d, t: d["adapters"]["dense/kernel"]["fields"].update(alpha=[1]),
+        r"'dense/kernel' does not fit its description: field 'alpha' is \[1\]",
+    ),
+    "a number without end": (
+        lambda d, t: d["adapters"]["dense/kernel"]["fields"].update(alpha=10**400),
+        r"'dense/kernel' does not fit its description: int too large",
+    ),
+    "fields that are a list": (
+        lambda d, t: d["adapters"]["dense/kernel"].update(fields=[]),
+        r"'dense/kernel' does not fit its description: its fields should have entries by name",
+    ),
+    "a shape that is not whole": (
+        lambda d, t: d["adapters"]["dense/kernel"]["site"].update(shape=[8, float("nan")]),
+        r"'dense/kernel' .*shape should be a list of up to 64 numbers .*nan",
+    ),
+    "a shape without end": (
+        lambda d, t: d["adapters"]["dense/kernel"]["site"].update(shape=[8, 2**62]),
+        r"'dense/kernel' .*shape should be",
+    ),
+    "axes out of range": (
+        lambda d, t: d["adapters"]["stack"]["site"].update(in_axes=[-1]),
+        r"'stack' .*in_axes should be a list of up to 64 numbers from 0 to 3, is \[-1\]",
+    ),
+    "axes twice": (lambda d, t: d["adapters"]["stack"]["site"].update(in_axes=[0]), r"'stack' .*a dimension twice"),
+    "an unknown kind": (lambda d, t: d["adapters"]["stack"]["site"].update(kind="x"), r"'stack' .*a site of kind 'x'"),
+    "a site with more": (lambda d, t: d["adapters"]["stack"]["site"].update(x=1), r"'stack' .*its site has an unknown"),
 }
 
 
@@ -145,15 +297,82 @@ def test_a_file_that_does_not_fit(case, tmp_path):
 def test_files_that_are_none(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such adapter file"):
         lora.load(tmp_path / "nothing")
+    with pytest.raises(IsADirectoryError, match="a folder, and no adapter file"):
+        lora.load(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="pipe: a pipe or a device"):
+        lora.load(tmp_path / "pipe")
     path = lora.save(tmp_path / "adapter", LORA_PARAMS)
-    path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(ValueError, match="adapter: no whole safetensors file"):
-        lora.load(path)
     safetensors.flax.save_file({"w": jnp.ones(3)}, path)
     with pytest.raises(ValueError, match="not one that lora_jax.save wrote"):
         lora.load(path)
     with pytest.raises(ValueError, match="lora_params is empty"):
         lora.save(path, {})
+
+
+@functools.cache
+def whole():
+    with tempfile.TemporaryDirectory() as folder:
+        return lora.save(Path(folder) / "adapter", LORA_PARAMS, FROZEN).read_bytes()
+
+
+def entry(shape, begin, end, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+BIAS = json.dumps({"format": 1, "adapters": describe({"a": LORA_PARAMS["dense/bias"]})})
+
+
+def made(entries, data=b"", text=BIAS):
+    header = json.dumps({"__metadata__": {"lora_jax": text}, **entries}).encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
+HOSTILE = {
+    "nothing": (b"", "its header does not end in it"),
+    "half": (lambda: whole()[:-7], "no whole safetensors file"),
+    "a header without end": ((2**63).to_bytes(8, "little") + b"{}", "its header does not end in it"),
+    "no JSON": ((3).to_bytes(8, "little") + b"{x}", "its header is damaged"),
+    "no text": ((3).to_bytes(8, "little") + b"\xff" * 3, "its header is damaged"),
+    "no object": ((2).to_bytes(8, "little") + b"[]", "its metadata is missing"),
+    "a header too deep": ((10**5).to_bytes(8, "little") + b"[" * 10**5, "its header is damaged"),
+    "metadata too deep": (made({}, text="[" * 10**5), "its metadata is damaged"),
+    "metadata of numbers": (made({}, text=3), "its metadata is missing"),
+    "a name twice": (made({}, text='{"format": 1, "format": 1}'), "a name occurs twice"),
+    "a negative offset": (made({"a": entry([1], -4, 0)}, b"1234"), "no whole safetensors file"),
+    "overlapping": (made({"a": entry([1], 0, 4), "b": entry([1], 2, 6)}, b"123456"), "no whole safetensors file"),
+    "out of range": (made({"a": entry([9], 0, 36)}, b"1234"), "no whole safetensors file"),
+    "a shape without end": (made({"a": entry([0, 2**62], 0, 0)}), "no array has the shape of 'a'"),
+    "an unknown dtype": (made({"a": entry([1], 0, 4, "F33")}, b"1234"), "no whole safetensors file"),
+    "a dtype that JAX has not": (made({"a": entry([4], 0, 3, "F6_E2M3")}, b"123"), "'a' is of dtype F6_E2M3"),
+    "a pickle": (b"\x80\x04\x95\x1a\x00\x00\x00\x00\x00\x00\x00}\x94\x8c\x01w\x94K\x01s.", "no whole safetensors file"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_files(case, tmp_path):
+    content, message = HOSTILE[case]
+    path = tmp_path / "adapter"
+    path.write_bytes(content() if callable(content) else content)
+    with pytest.raises(ValueError, match=f"adapter: .*{message}"):
+        lora.load(path)
+
+
+def test_damaged_files(tmp_path):
+    """Whatever becomes of a file, it is the same adapter, an error, or an adapter that can be saved and loaded."""
+    path, rng, equal, errors = tmp_path / "adapter", random.Random(0), 0, 0
+    for case in range(300):
+        path.write_bytes(damaged(rng, whole()))
+        try:
+            loaded = lora.load(path, FROZEN if case % 2 else None)
+        except (ValueError, OSError) as error:
+            assert f"{path}: " in str(error) and "\n" not in str(error) and len(str(error)) < 700
+            errors += 1
+        else:
+            if describe(loaded) == describe(LORA_PARAMS):
+                equal += 1
+            chex.assert_trees_all_equal(lora.load(lora.save(tmp_path / "again", loaded)), loaded)
+    assert errors > 200 and equal > 0
 
 
 def test_a_variant_of_one_s_own(tmp_path):

@@ -73,6 +73,8 @@ def process(folder, names):
 
     params = {path: part(array, SPECS[path]) for path, array in PARAMS.items()}
     batch = part(BATCH, P(None, ("data", "fsdp")))
+    base = lora.fingerprint(params)
+    assert base == lora.fingerprint(PARAMS) and lora.fingerprint([params, BATCH]) == lora.fingerprint([PARAMS, BATCH])
     for name in names:
         after, losses, summary, merged, before = found(params, batch, VARIANTS[name])
         places = lora.shardings(after, params)
@@ -88,8 +90,11 @@ def process(folder, names):
             lora.save(file, after)
         assert not file.exists()
         whole = jax.device_put((after, merged), NamedSharding(mesh, P()))
-        own = lora.save(folder / f"{name}_{jax.process_index()}.safetensors", whole[0])  # each could; one is enough
-        loaded = jax.device_put(lora.load(own), places)
+        with pytest.raises(ValueError, match="in all of them, base = lora.fingerprint"):
+            lora.save(file, whole[0], params)
+        own = folder / f"{name}_{jax.process_index()}.safetensors"
+        lora.save(own, whole[0], base)  # each could; one is enough
+        loaded = jax.device_put(lora.load(own, base), places)
         assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), loaded, after))
         np.savez(folder / f"{name}_{jax.process_index()}.npz", losses=losses, summary=summary, **whole[1])
 
@@ -115,7 +120,7 @@ def test_several_processes_train_as_one(count, environment, names, tmp_path):
             assert str(its["summary"]) == summary
             for path in PARAMS:
                 np.testing.assert_allclose(its[path], merged[path], rtol=0, atol=1e-5)
-            saved = lora.load(tmp_path / f"{name}_{i}.safetensors")
+            saved = lora.load(tmp_path / f"{name}_{i}.safetensors", PARAMS)
             jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5), saved, after)
 
 

@@ -2,176 +2,236 @@
 
 from __future__ import annotations
 
-import dataclasses
+import errno
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.export
+import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save as serialize
 
-from lora_jax.adapters import applied_to
-from lora_jax.factors import Adapter, together
-from lora_jax.sites import Site
-from lora_jax.variants.base import SHARED, Variant
+import lora_jax
+from lora_jax import tree
+from lora_jax.factors import Adapter, LoraParams
+from lora_jax.fingerprint import check_base, fingerprint
+from lora_jax.formats import atomic
+from lora_jax.formats.description import check, describe, restore, shown
+from lora_jax.variants.base import SHARED
 
-FORMAT = 1
+# What the metadata of each format holds: (always, sometimes). Format 2 has the version that wrote it, and the base.
+FORMATS = {1: ({"format", "adapters"}, set()), 2: ({"format", "adapters", "lora_jax"}, {"base"})}
+FORMAT = max(FORMATS)
+# A safetensors file's dtypes, of those that JAX has.
+DTYPES = {f"{kind}{bits}": f"{name}{bits}" for kind, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)}
+DTYPES |= {"BOOL": "bool", "F16": "float16", "F32": "float32", "F64": "float64", "BF16": "bfloat16", "C64": "complex64"}
+DTYPES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 
 
-def save(path: str | os.PathLike[str], lora_params: Mapping[str, Adapter]) -> Path:
+def save(path: str | os.PathLike[str], lora_params: Mapping[str, Adapter], base: Any = None) -> Path:
     """Writes adapters to one safetensors file: tensors named `path:factor`, variants and axes in its metadata.
 
     The file appears whole or not at all, and the same adapters give the same bytes.
 
     Args:
       path: The file to write; one that is there is replaced. Its folder must exist.
-      lora_params: Adapters, of any dtypes.
+      lora_params: Adapters, of any dtypes that safetensors has.
+      base: The frozen tree, as `split` returned it, or its `fingerprint`; the file then has that, so that `load` can
+        tell it from another base.
 
     Returns:
       The path.
 
     Raises:
-      ValueError: There is nothing to save; or a factor is spread over several processes, and none holds it whole.
-      OSError: The file cannot be written.
+      ValueError: There is nothing to save; a dtype or a variant's field has no form in a file; `base` does not have the
+        leaves; factors are not those of their variant, or of other shapes, as in a bank; or one is spread over several
+        processes, and none holds it whole.
+      OSError: The file cannot be written; what was there is as it was.
 
-    >>> import jax, jax.numpy as jnp, lora_jax as lora
-    >>> _, lora_params = lora.split(jax.random.key(0), {"w": jnp.ones((8, 4))}, {"w": lora.LoRA(rank=2)})
+    >>> import tempfile, lora_jax as lora
+    >>> params = {"w": jnp.ones((8, 4))}
+    >>> frozen, lora_params = lora.split(jax.random.key(0), params, {"w": lora.LoRA(rank=2)})
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     lora.load(lora.save(f"{folder}/adapter.safetensors", lora_params))["w"].variant
+    ...     lora.load(lora.save(f"{folder}/adapter.safetensors", lora_params, frozen), frozen)["w"].variant
     LoRA(rank=2, alpha=None, scaling='standard', init='normal', dtype='float32', dropout=0.0)
     """
-    if not lora_params:
-        raise ValueError(f"{path}: lora_params is empty, so there is nothing to save")
     path = Path(path)
-    _check_whole(path, lora_params)
-    # In C order, since safetensors writes an array's memory as it lies.
-    tensors = {f"{p}:{n}": np.asarray(x, order="C") for p, a in lora_params.items() for n, x in a.factors.items()}
-    described = {"format": FORMAT, "adapters": {p: _describe(adapter) for p, adapter in lora_params.items()}}
-    # One entry alone: safetensors writes several in no fixed order.
-    content = serialize(tensors, {"lora_jax": json.dumps(described, sort_keys=True)})
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return path
+        if not lora_params:
+            raise ValueError("lora_params is empty, so there is nothing to save")
+        check(lora_params)
+        _check_factors(lora_params)
+        described = {"format": FORMAT, "lora_jax": lora_jax.__version__, "adapters": describe(lora_params)}
+        if base is not None:
+            described["base"] = _fitting(base, lora_params)
+        # In C order, since safetensors writes an array's memory as it lies.
+        tensors = {f"{p}:{n}": np.asarray(x, order="C") for p, a in lora_params.items() for n, x in a.factors.items()}
+        if odd := _misnamed(tensors, jax.tree.leaves(restore(described["adapters"]))):
+            raise ValueError(f"{odd[0]!r} is a factor that its variant does not have, lacks, or has twice: rename it")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    # One entry alone: safetensors writes several in no fixed order.
+    return atomic.write(path, serialize(tensors, {"lora_jax": json.dumps(described, sort_keys=True)}))
 
 
-def load(path: str | os.PathLike[str]) -> dict[str, Adapter]:
+def load(path: str | os.PathLike[str], base: Any = None) -> LoraParams:
     """Reads what `save` wrote: the same bits.
 
     Args:
       path: The file.
+      base: The frozen tree that it is meant for, or its `fingerprint`: it must have the leaves that are adapted, in
+        their shapes, and be the one that the file was saved with, if it was with one. Without it, `attach` checks the
+        shapes alone.
 
     Returns:
       `lora_params`, by path.
 
     Raises:
       FileNotFoundError: There is no such file.
-      ValueError: It is no adapter file, is damaged, holds a variant that is not known here, or tensors that do not fit
-        their description.
+      OSError: It cannot be read, or is no file.
+      ValueError: It is no adapter file, is damaged or of a later version, holds a variant that is not known here, or
+        tensors that do not fit their description; or it was made for another base.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such adapter file")
     try:
-        with safe_open(path, framework="flax") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: no whole safetensors file ({error})") from error
-    if "lora_jax" not in metadata:
-        raise ValueError(f"{path}: a safetensors file, but not one that lora_jax.save wrote: its metadata is missing")
-    try:
-        described = json.loads(metadata["lora_jax"])
-        version, entries = described["format"], sorted(described["adapters"].items())
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: its metadata is damaged ({type(error).__name__}: {error})") from error
-    if version != FORMAT:
-        raise ValueError(f"{path}: format {version}, and this version reads format {FORMAT}: update lora_jax")
-    lora_params = {p: _restore(path, p, entry, tensors) for p, entry in entries}
-    if tensors:
-        raise ValueError(f"{path}: tensors that belong to no adapter: {', '.join(sorted(tensors)[:5])}")
-    _check(path, lora_params)
+        text, content = _read(path)
+        adapters, made_for = _parsed(text)
+        arrays = _arrays(content)
+        if missing := [name for name in jax.tree.leaves(adapters) if name not in arrays]:
+            raise ValueError(f"it lacks {missing[0]!r} and {len(missing) - 1} others of the factors that it describes")
+        lora_params = jax.tree.map(arrays.pop, adapters)
+        if arrays:
+            raise ValueError(f"tensors that belong to no adapter: {', '.join(map(repr, sorted(arrays)[:5]))}")
+        check(lora_params)
+        found = None if base is None else _fitting(base, lora_params)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if found is not None and made_for is not None:
+        check_base(str(path), made_for, found)
     return lora_params
 
 
-def _check_whole(file: Path, lora_params: Mapping[str, Adapter]) -> None:
-    """Raises where a factor has parts that no device of this process holds: to gather them takes all processes."""
+def _check_factors(lora_params: Mapping[str, Adapter]) -> None:
+    """Raises where a factor cannot be written from here: parts that no device of this process holds, or its dtype."""
     for path, adapter in lora_params.items():
         for name, x in adapter.factors.items():
             if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
                 raise ValueError(
-                    f"{file}: {path!r} has factor {name} spread over several processes, and this one holds only a part "
+                    f"{path!r} has factor {name} spread over several processes, and this one holds only a part "
                     "of it: in all of them, whole = jax.device_put(lora_params, NamedSharding(mesh, PartitionSpec())), "
                     "then save that in one of them"
                 )
+            if x.dtype.name not in DTYPES.values():
+                raise ValueError(f"{path!r} has factor {name} in {x.dtype.name}, which safetensors has not: cast it")
 
 
-def _describe(adapter: Adapter) -> dict[str, Any]:
-    return _description(adapter.variant, adapter.site)
+def _misnamed(names: Mapping[str, Any], expected: list[str]) -> list[str]:
+    """The tensors that would not be found again."""
+    odd = sorted(names.keys() ^ {*expected})
+    return odd if odd or len(expected) == len(names) else sorted(n for n in names if expected.count(n) > 1)
 
 
-def _description(variant: Variant, site: Site) -> dict[str, Any]:
-    fields = {f.name: getattr(variant, f.name) for f in dataclasses.fields(variant) if f.compare}
-    axes = {name: getattr(site, name) for name in ("shape", "kind", "batch_axes", "in_axes", "out_axes", "window_axes")}
-    return {"variant": type(variant).__name__, "fields": fields, "site": axes}
+def _fitting(base: Any, lora_params: Mapping[str, Adapter]) -> dict[str, str]:
+    """The fingerprint of a base, if it has the leaves that are adapted."""
+    if isinstance(base, Mapping) and base and all(isinstance(value, str) for value in base.values()):
+        known = {**base}
+    elif any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in jax.tree.leaves(base)):
+        raise ValueError(
+            "base lies on several processes, and one alone cannot tell which it is: in all of them, "
+            "base = lora.fingerprint(base), then give that"
+        )
+    else:
+        known = fingerprint(base)
+    for path, adapter in lora_params.items():
+        if adapter.site.kind == SHARED:
+            continue
+        if path not in known:
+            raise ValueError(
+                f"it adapts {path!r}, and base has no such leaf: give the tree of the model that it was made "
+                f"for{tree.close_to(path, known)}"
+            )
+        form = known[path].rpartition(" ")[0]
+        if not form.endswith(f"[{','.join(map(str, adapter.site.shape))}]"):
+            raise ValueError(
+                f"it adapts {path!r} in shape {adapter.site.shape}, and base has {form} there: give the model that it "
+                "was made for"
+            )
+    return known
 
 
-def _described(entry: dict[str, Any]) -> tuple[Variant, Site]:
-    site = {"window_axes": [], **entry["site"]}  # files of earlier versions have none
-    axes = {name: tuple(site[name]) for name in ("shape", "batch_axes", "in_axes", "out_axes", "window_axes")}
-    return Variant.registry[entry["variant"]](**entry["fields"]), Site(kind=site["kind"], **axes)
+def _read(path: Path) -> tuple[str, bytes]:
+    """What a file's metadata says of the adapters, and all of its bytes, if it is a safetensors file that has such."""
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, f"{path}: no such adapter file")
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, f"{path}: a folder, and no adapter file: give the file in it")
+    if not path.is_file():
+        raise OSError(errno.EINVAL, f"{path}: a pipe or a device, and no adapter file")
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if not 0 < size <= os.fstat(file.fileno()).st_size - 8:
+            raise ValueError("no whole safetensors file (its header does not end in it): copy or save it again")
+        header = _json(file.read(size), "header")
+        metadata = header.get("__metadata__") if isinstance(header, dict) else None
+        if not isinstance(metadata, dict) or not isinstance(metadata.get("lora_jax"), str):
+            raise ValueError("a safetensors file, but not one that lora_jax.save wrote: its metadata is missing")
+        file.seek(0)
+        return metadata["lora_jax"], file.read()
 
 
-# A function of adapters that `jax.export` writes to bytes keeps their variants and axes in the same words.
-jax.export.register_pytree_node_serialization(
-    Adapter,
-    serialized_name="lora_jax.Adapter",
-    serialize_auxdata=lambda meta: json.dumps(_description(*meta), sort_keys=True).encode(),
-    deserialize_auxdata=lambda text: _described(json.loads(text)),
-)
+def _parsed(text: str) -> tuple[LoraParams, dict[str, str] | None]:
+    """The adapters that a file describes, with names as factors, and the fingerprint of the base they were made for."""
+    described = _json(text, "metadata")
+    version = described.get("format") if isinstance(described, dict) else None
+    if type(version) is not int or version < 1:
+        raise ValueError(f"its metadata is damaged (format {shown(version)}): copy or save it again")
+    if version > FORMAT:
+        raise ValueError(f"format {version}, and this version reads formats up to {FORMAT}: update lora_jax")
+    always, sometimes = FORMATS[version]
+    if odd := sorted((always - described.keys()) | (described.keys() - always - sometimes)):
+        cause = f"{'no' if odd[0] in always else 'an unknown'} entry {odd[0]!r}"
+        raise ValueError(f"its metadata is damaged ({cause}): copy or save it again")
+    base, wrote = described.get("base", {}), described.get("lora_jax", "")
+    if not isinstance(wrote, str) or not isinstance(base, dict) or not all(isinstance(x, str) for x in base.values()):
+        raise ValueError("its metadata is damaged (a version or a fingerprint that is none): copy or save it again")
+    return restore(described["adapters"]), base or None
 
 
-def _restore(file: Path, path: str, entry: dict[str, Any], tensors: dict[str, Any]) -> Adapter:
-    """One adapter, its tensors taken out of `tensors`."""
-    name = entry.get("variant")
-    if name not in Variant.registry:
-        known = ", ".join(sorted(Variant.registry))
-        raise ValueError(f"{file}: {path!r} is a {name}, and known are {known}: import the module that defines {name}")
+def _arrays(content: bytes) -> dict[str, jax.Array]:
+    """The tensors of a safetensors file, by name."""
     try:
-        variant, site = _described(entry)
-        names = variant.shared if site.kind == SHARED else variant.names(site)
-        factors = {name: tensors.pop(f"{path}:{name}") for name in names}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: {_misfit(path)}: {error}") from error
-    return Adapter(factors, variant, site)
-
-
-def _check(file: Path, lora_params: Mapping[str, Adapter]) -> None:
-    """Raises where a factor's shape is not what its variant makes of its site's."""
-    try:
-        leaves = together(lora_params)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-    for path, adapter in leaves.items():
+        found = deserialize(content)
+    except SafetensorError as error:
+        raise ValueError(f"no whole safetensors file ({shown(error)}): copy or save it again") from error
+    arrays = {}
+    for name, tensor in found:
+        dtype = jnp.dtype(DTYPES[tensor["dtype"]]) if tensor["dtype"] in DTYPES else None
+        if dtype is None:
+            raise ValueError(f"{name!r} is of dtype {tensor['dtype']}, and known are {', '.join(DTYPES)}")
+        if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+            raise ValueError(
+                f"{name!r} is {dtype.name}, of which JAX would lose half the bits: "
+                'jax.config.update("jax_enable_x64", True) first'
+            )
         try:
-            applied_to(jax.ShapeDtypeStruct(adapter.site.shape, "float32"), path, adapter)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{file}: {_misfit(path)}: {error}") from error
+            arrays[name] = jnp.asarray(np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"]))
+        except ValueError as error:
+            raise ValueError(f"no array has the shape of {name!r}, {shown(tensor['shape'])}") from error
+    return arrays
 
 
-def _misfit(path: str) -> str:
-    return f"the adapter at {path!r} does not fit its description"
+def _json(text: str | bytes, what: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries = dict(pairs)
+        if len(entries) < len(pairs):
+            raise ValueError("a name occurs twice")
+        return entries
+
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode(), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its {what} is damaged ({shown(error)}): copy or save it again") from error

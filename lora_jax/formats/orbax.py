@@ -23,8 +23,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from lora_jax.factors import LoraParams
 from lora_jax.fingerprint import check_base, fingerprint
-from lora_jax.formats import manifest
-from lora_jax.formats.description import restored
+from lora_jax.formats import description, manifest
 from lora_jax.formats.parts import Parts, take_apart
 from lora_jax.placement import on_mesh
 
@@ -311,7 +310,9 @@ def load(folder: str | os.PathLike[str], step: int | None = None) -> LoraParams:
     shapes = {n: jax.ShapeDtypeStruct(shape, dtype) for n, (dtype, shape) in about["arrays"]["adapter"].items()}
     with ocp.StandardCheckpointer() as checkpointer:
         found = checkpointer.restore(place / "adapter", _templates(shapes))
-    return restored(about["adapters"], found)
+    lora_params = jax.tree.map(found.__getitem__, description.restore(about["adapters"]))
+    description.check(lora_params)
+    return lora_params
 
 
 @jax.jit

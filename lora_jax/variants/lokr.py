@@ -141,7 +141,7 @@ def _halves(axes: Axes, factor: int) -> _Halves:
     """A side split as `factorization` says, between two of its axes or inside one."""
     places, before = {1: _Halves((), (), None)}, 1
     for i, axis in enumerate(axes):
-        for size in (n for n in range(1, axis.size + 1) if axis.size % n == 0):
+        for size in _divisors(axis.size):
             major, minor = axis.split(size)
             inside = _Halves((*axes[:i], major), (minor, *axes[i + 1 :]), (axis, size))
             ends = {1: _Halves(axes[:i], axes[i:], None), axis.size: _Halves(axes[: i + 1], axes[i + 1 :], None)}
@@ -158,6 +158,12 @@ def factorization(size: int, factor: int = -1, divisors: Iterable[int] | None = 
     >>> factorization(768), factorization(768, 4), factorization(127), factorization(24, divisors=[1, 3, 6, 12, 24])
     (24, 4, 1, 3)
     """
-    divisors = [n for n in divisors or range(1, size + 1) if size % n == 0]
+    divisors = [n for n in divisors or _divisors(size) if size % n == 0]
     limit = math.isqrt(size) if factor == -1 else min(factor, math.isqrt(size))
     return factor if factor in divisors else max(n for n in divisors if n <= limit)
+
+
+def _divisors(size: int) -> list[int]:
+    """In time that grows with the square root of the size."""
+    small = [n for n in range(1, math.isqrt(size) + 1) if size % n == 0]
+    return sorted({*small, *(size // n for n in small)})
