@@ -244,6 +244,7 @@ class Checkpoints:
         own = ocp.options.MultiprocessingOptions(primary_host=None)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
+            create=False,  # it is there; orbax makes none for named processes
             cleanup_tmp_directories=True,
             save_root_metadata=False,
             multiprocessing_options=processes,
