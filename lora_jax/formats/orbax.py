@@ -159,7 +159,7 @@ class Checkpoints:
             optimizer, or of a later version.
         """
         self.wait()
-        newest = manifest.newest(self.folder, put_aside=True)
+        newest = manifest.agreed(self.folder)
         if newest is None:
             return None
         self._manager.reload()
