@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -64,7 +65,14 @@ class State:
         if not places:
             return state
         whole = NamedSharding(places[0].mesh, PartitionSpec())
-        return jax.tree.map(lambda x: x if on_mesh(x) else jax.device_put(x, whole), state)
+        return jax.tree.map(lambda x: x if on_mesh(x) else _everywhere(x, whole), state)
+
+
+def _everywhere(x: Any, whole: NamedSharding) -> Any:
+    """An array that each process has, as one of all of them; `jax.device_put` takes no key, and asks the others first."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_everywhere(jax.random.key_data(x), whole), impl=jax.random.key_impl(x))
+    return jax.make_array_from_callback(x.shape, whole, np.asarray(x).__getitem__)
 
 
 def make_step(

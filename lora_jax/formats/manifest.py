@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 import lora_jax
 from lora_jax import tree
@@ -22,6 +24,9 @@ NAME = "lora_jax.json"
 FORMAT = 1
 # What orbax writes anew after everything else, and says nothing of what is in the arrays.
 UNSUMMED = {NAME, "_CHECKPOINT_METADATA", "commit_success.txt"}
+
+
+_NONE, _FAILED = -1, -2  # in place of a step, which no process then has
 
 
 class DamagedError(ValueError):
@@ -71,8 +76,8 @@ def write(folder: Path, manifest: Mapping[str, Any]) -> None:
     (folder / NAME).write_text(json.dumps({"sum": _sum(text.encode()), "manifest": content}, sort_keys=True))
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder whose files are all as they were.
+def read(folder: Path, files: bool = True) -> dict[str, Any]:
+    """The manifest of a folder whose files are all as they were, unless another process has told that they are.
 
     Raises:
       DamagedError: A file is missing, or other than it was; or there is no manifest, which is written last.
@@ -92,10 +97,10 @@ def read(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder}: format {manifest['format']}, and this version reads format {FORMAT}: update lora_jax"
         )
-    files = _sums(folder)
+    found = _sums(folder) if files else manifest["files"]
     for name, its in manifest["files"].items():
-        if files.get(name) != its:
-            raise DamagedError(f"{name} is {'not as it was written' if name in files else 'missing'}")
+        if found.get(name) != its:
+            raise DamagedError(f"{name} is {'not as it was written' if name in found else 'missing'}")
     return manifest
 
 
@@ -115,13 +120,37 @@ def newest(folder: Path, put_aside: bool = False) -> tuple[int, Path, dict[str, 
             continue
         for other, cause in damaged.items():
             log.warning("%s is damaged (%s): going on from step %d", folder / str(other), cause, step)
-            if put_aside and jax.process_index() == 0:
+            if put_aside:
                 (folder / str(other)).rename(_free(folder / f"damaged-{other}"))
         return step, place, about
     if damaged:
         said = "; ".join(f"step {step}: {cause}" for step, cause in damaged.items())
         raise ValueError(f"{folder}: no checkpoint is intact ({said}): start in another folder")
     return None
+
+
+def agreed(folder: Path) -> tuple[int, Path, dict[str, Any]] | None:
+    """As `newest`, what is damaged put aside; of several processes, which all call it, the first decides for all.
+
+    Were each to look for itself, one could see what another has just put aside.
+
+    Raises:
+      ValueError: As `newest`.
+    """
+    if jax.process_count() == 1:
+        return newest(folder, put_aside=True)
+    found, told = None, _FAILED
+    try:
+        if jax.process_index() == 0:
+            found = newest(folder, put_aside=True)
+            told = _NONE if found is None else found[0]
+    finally:  # the others wait for a word
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(told)))
+    if step == _FAILED:
+        raise ValueError(f"{folder}: process 0 finds no checkpoint to go on from, and has said why")
+    if jax.process_index() == 0 or step == _NONE:
+        return found
+    return step, folder / str(step), read(folder / str(step), files=False)
 
 
 def position(folder: Path) -> Any:

@@ -159,7 +159,7 @@ class Checkpoints:
             optimizer, or of a later version.
         """
         self.wait()
-        newest = manifest.newest(self.folder, put_aside=True)
+        newest = manifest.agreed(self.folder)
         if newest is None:
             return None
         self._manager.reload()
@@ -242,6 +242,7 @@ class Checkpoints:
         own = ocp.options.MultiprocessingOptions(primary_host=None)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
+            create=False,  # it is there; orbax makes none for named processes
             cleanup_tmp_directories=True,
             save_root_metadata=False,
             multiprocessing_options=processes,
