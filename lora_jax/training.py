@@ -50,7 +50,7 @@ class State:
 
     @classmethod
     def create(cls, key: jax.Array, lora_params: LoraParams, tx: optax.GradientTransformation) -> State:
-        """The state before the first step. Factors are copied, since steps donate what they are given.
+        """The state before the first step. All of it is copied, since steps donate what they are given.
 
         Args:
           key: A PRNG key.
@@ -59,7 +59,7 @@ class State:
           tx: What `optimizer` returned.
         """
         params: Any = lora_params  # a tree of parameters, which optax's types know as arrays and containers alone
-        state = cls(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, lora_params), tx.init(params), jnp.copy(key))
+        state = jax.tree.map(jnp.copy, cls(jnp.zeros((), jnp.int32), lora_params, tx.init(params), key))
         places = [place for x in jax.tree.leaves(lora_params) if (place := on_mesh(x))]
         if not places:
             return state
