@@ -264,7 +264,7 @@ def fit(
                 f"there are {len(resumable)}: give the same data and hooks, or start in another folder"
             )
         for x, its in zip(resumable, states, strict=True):
-            x.set_state(its)
+            x.set_state(its["bytes"].encode("latin-1") if "bytes" in its else its["json"])
     if not hasattr(source, "set_state"):
         collections.deque(itertools.islice(source, done), maxlen=0)  # passed over
     with interruptions() if checkpoints else contextlib.nullcontext(lambda step: None) as asked:
@@ -279,7 +279,7 @@ def fit(
                 metrics |= hook(done, state, metrics) or {}
             stop, number = bool(metrics.pop("stop", False)), asked(done)
             if checkpoints and (number or stop or done == steps or done % checkpoints.every == 0):
-                position = {"stop": stop, "states": [x.get_state() for x in resumable]}
+                position = {"stop": stop, "states": [_state_of(x) for x in resumable]}
                 checkpoints.save(done, state, metrics=metrics, position=position)
             if checkpoints and number:
                 checkpoints.wait()
@@ -287,3 +287,9 @@ def fit(
     if checkpoints:
         checkpoints.wait()
     return state
+
+
+def _state_of(x: Any) -> dict[str, Any]:
+    """As JSON can say it; that of grain's `DataLoader` is bytes."""
+    its = x.get_state()
+    return {"bytes": its.decode("latin-1")} if isinstance(its, bytes) else {"json": its}
