@@ -51,7 +51,7 @@ class State:
 
     @classmethod
     def create(cls, key: jax.Array, lora_params: LoraParams, tx: optax.GradientTransformation) -> State:
-        """The state before the first step. Factors are copied, since steps donate what they are given.
+        """The state before the first step. All of it is copied, since steps donate what they are given.
 
         Args:
           key: A PRNG key.
@@ -60,7 +60,7 @@ class State:
           tx: What `optimizer` returned.
         """
         params: Any = lora_params  # a tree of parameters, which optax's types know as arrays and containers alone
-        state = cls(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, lora_params), tx.init(params), jnp.copy(key))
+        state = jax.tree.map(jnp.copy, cls(jnp.zeros((), jnp.int32), lora_params, tx.init(params), key))
         places = [place for x in jax.tree.leaves(lora_params) if (place := on_mesh(x))]
         if not places:
             return state
@@ -106,6 +106,10 @@ def make_step(
     Returns:
       The step. Its metrics are float32 scalars: "loss", "grad_norm" before clipping, and those of `loss_fn`.
 
+    Raises:
+      ValueError: An argument makes no sense; or, at the first step, `loss_fn` or `weight` returns something else, or a
+        batch does not divide into the parts.
+
     >>> import lora_jax as lora
     >>> frozen, lora_params = lora.split(jax.random.key(0), {"w": jnp.ones((8, 4))}, {"w": lora.LoRA(rank=2)})
     >>> tx = lora.optimizer(optax.adam(1e-2))
@@ -118,29 +122,31 @@ def make_step(
         raise ValueError(f"make_step(accumulate={accumulate}): a batch has one part at least")
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"make_step(clip_norm={clip_norm}): the norm is positive, or None for no clipping")
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"make_step(dtype={dtype!r}): what it computes in is a floating dtype, such as 'bfloat16'")
+    if not isinstance(shardings, State | jax.sharding.Sharding | None):
+        raise ValueError("make_step(shardings=...): they are of a State, as lora.shardings(state, frozen) gives them")
     clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
     lifted = lift(loss_fn)
 
     def value_and_grad(lora_params: Any, part: Any, frozen: Any) -> Any:
-        batch, (key,) = part
+        batch, (key,) = part["batch"], part["key"]
         own = jax.random.split(key)
 
         def objective(lora_params: Any) -> Any:
             params = attach(_cast(frozen, dtype), dropout(own[0], lora_params))
-            found = lifted(params, _cast(batch, dtype), *([own[1]] if needs_key else []))
-            loss, aux = found if has_aux else (found, {})
-            return loss.astype(jnp.float32), jax.tree.map(jnp.float32, aux)
+            return _scalars(lifted(params, _cast(batch, dtype), *([own[1]] if needs_key else [])), has_aux)
 
         (loss, aux), grads = jax.value_and_grad(objective, has_aux=True)(lora_params)
-        counts = jnp.float32(1) if weight is None else jnp.float32(weight(batch))
+        counts = _counts(weight, batch)
         return counts, jax.tree.map(lambda x: x * counts.astype(x.dtype), ({"loss": loss, **aux}, grads))
 
     def step(state: State, frozen: Any, batch: Any) -> tuple[State, Metrics]:
-        part = batch, jax.random.split(jax.random.fold_in(state.key, state.step), accumulate)
+        keys = jax.random.split(jax.random.fold_in(state.key, state.step), accumulate)
         whole = value_and_grad if accumulate == 1 else accumulated(value_and_grad, accumulate)
-        counts, means = whole(state.lora_params, part, frozen)
+        counts, means = whole(state.lora_params, {"batch": batch, "key": keys}, frozen)
         metrics, grads = jax.tree.map(lambda x: x / counts.astype(x.dtype), means)
-        metrics["grad_norm"] = optax.tree.norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(jax.tree.map(jnp.float32, grads))
         grads, _ = clip.update(grads, optax.EmptyState())
         lora_params: Any = state.lora_params
         updates, opt_state = tx.update(grads, state.opt_state, lora_params)
@@ -154,6 +160,30 @@ def _cast(tree: Any, dtype: Any) -> Any:
     if dtype is None:
         return tree
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x, tree)
+
+
+def _scalars(found: Any, has_aux: bool) -> tuple[jax.Array, Metrics]:
+    """What a loss function returned, in float32."""
+    paired = isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)
+    loss, aux = found if has_aux and paired else (found, {})
+    scalars = [loss, *aux.values()]
+    if has_aux > paired or not (jax.tree_util.all_leaves(scalars) and all(jnp.ndim(x) == 0 for x in scalars)):
+        forms = {
+            False: "a scalar, or with has_aux=True (loss, metrics)",
+            True: "(loss, metrics), the latter a dict of scalars",
+        }
+        shapes = jax.tree.map(lambda x: f"{jnp.result_type(x)}{[*jnp.shape(x)]}", found)
+        raise ValueError(f"make_step(has_aux={has_aux}): loss_fn returns {forms[has_aux]}; this one returns {shapes}")
+    if taken := {"loss", "grad_norm"} & {*aux}:
+        raise ValueError(f"loss_fn's metrics have {sorted(taken)}, which the step adds itself: give them other names")
+    return jnp.float32(loss), {name: jnp.float32(x) for name, x in aux.items()}
+
+
+def _counts(weight: Callable[[Any], Any] | None, batch: Any) -> jax.Array:
+    counts = jnp.float32(1 if weight is None else weight(batch))
+    if counts.ndim:
+        raise ValueError(f"weight(batch) is one number, such as a mask's sum, and this one has shape {counts.shape}")
+    return counts
 
 
 def evaluate(
@@ -194,7 +224,7 @@ def evaluate(
 def _evaluated(fun: Any, weight: Any, frozen: Any, lora_params: Any, batch: Any) -> tuple[Metrics, jax.Array]:
     found = lift(fun)(attach(frozen, lora_params), batch)
     means = found if isinstance(found, dict) else {"loss": found}
-    counts = jnp.float32(1 if weight is None else weight(batch))
+    counts = _counts(weight, batch)
     return {name: jnp.float32(x) * counts for name, x in means.items()}, counts
 
 
@@ -242,7 +272,7 @@ def fit(
                 f"there are {len(resumable)}: give the same data and hooks, or start in another folder"
             )
         for x, its in zip(resumable, states, strict=True):
-            x.set_state(its)
+            x.set_state(its["bytes"].encode("latin-1") if "bytes" in its else its["json"])
     if not hasattr(source, "set_state"):
         collections.deque(itertools.islice(source, done), maxlen=0)  # passed over
     with interruptions() if checkpoints else contextlib.nullcontext(lambda step: None) as asked:
@@ -257,7 +287,7 @@ def fit(
                 metrics |= hook(done, state, metrics) or {}
             stop, number = bool(metrics.pop("stop", False)), asked(done)
             if checkpoints and (number or stop or done == steps or done % checkpoints.every == 0):
-                position = {"stop": stop, "states": [x.get_state() for x in resumable]}
+                position = {"stop": stop, "states": [_state_of(x) for x in resumable]}
                 checkpoints.save(done, state, metrics=metrics, position=position)
             if checkpoints and number:
                 checkpoints.wait()
@@ -265,3 +295,9 @@ def fit(
     if checkpoints:
         checkpoints.wait()
     return state
+
+
+def _state_of(x: Any) -> dict[str, Any]:
+    """As JSON can say it; that of grain's `DataLoader` is bytes."""
+    its = x.get_state()
+    return {"bytes": its.decode("latin-1")} if isinstance(its, bytes) else {"json": its}

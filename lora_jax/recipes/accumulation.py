@@ -39,7 +39,10 @@ def accumulated(value_and_grad: Callable[..., Any], parts: int) -> Callable[...,
     def divided(path: Any, x: Any) -> Any:
         if jnp.ndim(x) == 0 or x.shape[0] % parts:
             name = jax.tree_util.keystr(path, simple=True, separator="/") or "batch"
-            raise ValueError(f"{name!r} of the batch has shape {jnp.shape(x)}, which {parts} parts do not divide")
+            raise ValueError(
+                f"{name!r} of the batch has shape {jnp.shape(x)}, which {parts} parts do not divide: take batches of a "
+                "multiple of them, or another number of parts"
+            )
         return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
 
     def whole(trainable: Any, batch: Any, *args: Any) -> Any:
