@@ -69,7 +69,7 @@ class State:
 
 
 def _everywhere(x: Any, whole: NamedSharding) -> Any:
-    """An array that each process has, as one of all of them; `jax.device_put` takes no key, and asks the others first."""
+    """An array that each process has, as one of all; `jax.device_put` takes no key, and asks the others first."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(_everywhere(jax.random.key_data(x), whole), impl=jax.random.key_impl(x))
     return jax.make_array_from_callback(x.shape, whole, np.asarray(x).__getitem__)
