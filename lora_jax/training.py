@@ -275,7 +275,10 @@ def fit(
             x.set_state(its["bytes"].encode("latin-1") if "bytes" in its else its["json"])
     if not hasattr(source, "set_state"):
         collections.deque(itertools.islice(source, done), maxlen=0)  # passed over
-    with interruptions() if checkpoints else contextlib.nullcontext(lambda step: None) as asked:
+    with contextlib.ExitStack() as last:
+        asked = last.enter_context(interruptions()) if checkpoints else lambda step: None
+        if checkpoints:
+            last.callback(checkpoints.wait)  # whatever ends it, what was saved is to be on the disk
         while done < steps and not stop:
             try:
                 batch = next(source)
@@ -292,8 +295,6 @@ def fit(
             if checkpoints and number:
                 checkpoints.wait()
                 raise Interrupted(number, done, checkpoints.folder)
-    if checkpoints:
-        checkpoints.wait()
     return state
 
 
