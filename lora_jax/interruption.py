@@ -33,7 +33,8 @@ class Interrupted(SystemExit):
 
 @contextlib.contextmanager
 def interruptions() -> Iterator[Callable[[int], int | None]]:
-    """While it is open, SIGTERM and SIGINT are noted; a second one does what it did before.
+    """While it is open, SIGTERM and SIGINT are noted; a second one does what it did before. So does one that came
+    after the loop had asked for the last time, once this is closed.
 
     Several processes stop after the same step: JAX's runtime agrees on one, of which each is asked at every step.
 
@@ -68,3 +69,5 @@ def interruptions() -> Iterator[Callable[[int], int | None]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if came:  # too late for the loop to ask
+        signal.raise_signal(came[0])
