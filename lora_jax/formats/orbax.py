@@ -289,7 +289,7 @@ class _Best(NamedTuple):
 
 
 def load(folder: str | os.PathLike[str], step: int | None = None) -> LoraParams:
-    """The adapters of a checkpoint, without its base or its optimizer state.
+    """The adapters of a checkpoint, without its base or its optimizer state, whole, as NumPy's arrays.
 
     Args:
       folder: As of `Checkpoints`.
@@ -309,7 +309,10 @@ def load(folder: str | os.PathLike[str], step: int | None = None) -> LoraParams:
         place = folder / str(step)
         about = manifest.read(place)
     shapes = {n: jax.ShapeDtypeStruct(shape, dtype) for n, (dtype, shape) in about["arrays"]["adapter"].items()}
-    with ocp.StandardCheckpointer() as checkpointer:
+    own = ocp.options.MultiprocessingOptions(  # of several processes, one may read by itself
+        primary_host=None, active_processes={jax.process_index()}, barrier_sync_key_prefix=str(jax.process_index())
+    )
+    with ocp.StandardCheckpointer(multiprocessing_options=own) as checkpointer:
         found = checkpointer.restore(place / "adapter", _templates(shapes))
     lora_params = jax.tree.map(found.__getitem__, description.restore(about["adapters"]))
     description.check(lora_params)

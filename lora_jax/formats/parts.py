@@ -63,7 +63,10 @@ def _data(x: Any) -> Any:
         return np.asarray(x, jnp.result_type(int) if isinstance(x, int) and abs(x) < 2**31 else None)
     if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return x
-    return jax.eval_shape(jax.random.key_data, x) if isinstance(x, jax.ShapeDtypeStruct) else jax.random.key_data(x)
+    if not isinstance(x, jax.ShapeDtypeStruct):
+        return jax.random.key_data(x)
+    data = jax.eval_shape(jax.random.key_data, x)
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=x.sharding)
 
 
 def _like(like: Any, data: Any) -> Any:
@@ -71,8 +74,15 @@ def _like(like: Any, data: Any) -> Any:
     if isinstance(like, int | float):
         return type(like)(data)
     if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
+        return jax.random.wrap_key_data(data, impl=_impl(like))
     return data
+
+
+def _impl(key: Any) -> Any:
+    """As `jax.random.key_impl`, of a `jax.ShapeDtypeStruct` too."""
+    found: list[Any] = []
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), key)
+    return found.pop()
 
 
 def _shapes(node: Any) -> list[Any]:
