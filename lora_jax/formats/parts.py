@@ -35,7 +35,9 @@ def take_apart(state: Any, frozen: Any, lora_params: LoraParams) -> tuple[Parts,
     base, structure = tree.flatten(frozen)
 
     def is_base(node: Any) -> bool:
-        return jax.tree.structure(node) == structure and structure.num_nodes > 1 and _shapes(node) == _shapes(frozen)
+        if type(node) is not type(frozen) or structure.num_nodes == 1:
+            return False
+        return jax.tree.structure(node) == structure and _shapes(node) == _shapes(frozen)
 
     leaves, treedef = tree.flatten(state, is_leaf=lambda node: node is lora_params or is_base(node))
     if not any(x is lora_params for x in leaves.values()):
@@ -91,10 +93,11 @@ def _shapes(node: Any) -> list[Any]:
 
 def _refuse_base(rest: Mapping[str, Any], base: Mapping[str, Any]) -> None:
     """Raises where an array of the state is a leaf of the base, by the end of its path and its shape."""
+    shapes = {np.shape(x) for x in base.values()} - {()}
     for path, x in rest.items():
-        parts = path.split("/")
+        parts = path.split("/") if np.shape(x) in shapes else []
         for end in ("/".join(parts[i:]) for i in range(len(parts))):
-            if np.ndim(x) and end in base and np.shape(x) == np.shape(base[end]):
+            if end in base and np.shape(x) == np.shape(base[end]):
                 raise ValueError(
                     f"the state has the base's {end!r} at {path!r}, and checkpoints hold no base weights: keep only "
                     "lora_params in the state, or the base as a whole, in a tree like `frozen`"
