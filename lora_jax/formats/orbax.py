@@ -129,11 +129,10 @@ class Checkpoints:
         self.wait()
         lora_params = self._adapters(state)
         parts, _ = take_apart(state, self._frozen, lora_params)
-        about = {"step": step, "base": self._base, **manifest.described(parts, lora_params)}
         if self._thread is None:
             raise ValueError(f"the checkpoints in {self.folder} are closed: save before the `with` block ends")
         self._pending = self._thread.submit(
-            self._write, step, _copied(parts), about, dict(metrics or {}), json.dumps(position)
+            self._write, step, _copied(parts), lora_params, dict(metrics or {}), json.dumps(position)
         )
 
     def wait(self) -> None:
@@ -195,10 +194,13 @@ class Checkpoints:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _write(self, step: int, parts: Parts, about: dict[str, Any], metrics: dict[str, Any], position: str) -> None:
-        """All that takes time; runs in the thread."""
+    def _write(
+        self, step: int, parts: Parts, lora_params: LoraParams, metrics: dict[str, Any], position: str
+    ) -> None:
+        """All that takes time; runs in the thread. The arrays of the adapters may be gone, and are not looked at."""
         metrics = {name: float(x) for name, x in metrics.items()}
-        self._manifest = {**about, "metrics": metrics}
+        about = manifest.described(parts, lora_params)
+        self._manifest = {"step": step, "base": self._base, **about, "metrics": metrics}
         self._note(step, metrics)
         items: dict[str, Any] = {
             name: ocp.args.StandardSave({path: x if on_mesh(x) else np.asarray(x) for path, x in part.items()})
@@ -289,7 +291,7 @@ class _Best(NamedTuple):
 
 
 def load(folder: str | os.PathLike[str], step: int | None = None) -> LoraParams:
-    """The adapters of a checkpoint, without its base or its optimizer state.
+    """The adapters of a checkpoint, without its base or its optimizer state, whole, as NumPy's arrays.
 
     Args:
       folder: As of `Checkpoints`.
@@ -309,7 +311,10 @@ def load(folder: str | os.PathLike[str], step: int | None = None) -> LoraParams:
         place = folder / str(step)
         about = manifest.read(place)
     shapes = {n: jax.ShapeDtypeStruct(shape, dtype) for n, (dtype, shape) in about["arrays"]["adapter"].items()}
-    with ocp.StandardCheckpointer() as checkpointer:
+    own = ocp.options.MultiprocessingOptions(  # of several processes, one may read by itself
+        primary_host=None, active_processes={jax.process_index()}, barrier_sync_key_prefix=str(jax.process_index())
+    )
+    with ocp.StandardCheckpointer(multiprocessing_options=own) as checkpointer:
         found = checkpointer.restore(place / "adapter", _templates(shapes))
     lora_params = jax.tree.map(found.__getitem__, description.restore(about["adapters"]))
     description.check(lora_params)

@@ -35,7 +35,9 @@ def take_apart(state: Any, frozen: Any, lora_params: LoraParams) -> tuple[Parts,
     base, structure = tree.flatten(frozen)
 
     def is_base(node: Any) -> bool:
-        return jax.tree.structure(node) == structure and structure.num_nodes > 1 and _shapes(node) == _shapes(frozen)
+        if type(node) is not type(frozen) or structure.num_nodes == 1:
+            return False
+        return jax.tree.structure(node) == structure and _shapes(node) == _shapes(frozen)
 
     leaves, treedef = tree.flatten(state, is_leaf=lambda node: node is lora_params or is_base(node))
     if not any(x is lora_params for x in leaves.values()):
@@ -63,7 +65,10 @@ def _data(x: Any) -> Any:
         return np.asarray(x, jnp.result_type(int) if isinstance(x, int) and abs(x) < 2**31 else None)
     if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return x
-    return jax.eval_shape(jax.random.key_data, x) if isinstance(x, jax.ShapeDtypeStruct) else jax.random.key_data(x)
+    if not isinstance(x, jax.ShapeDtypeStruct):
+        return jax.random.key_data(x)
+    data = jax.eval_shape(jax.random.key_data, x)
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=x.sharding)
 
 
 def _like(like: Any, data: Any) -> Any:
@@ -71,8 +76,15 @@ def _like(like: Any, data: Any) -> Any:
     if isinstance(like, int | float):
         return type(like)(data)
     if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
+        return jax.random.wrap_key_data(data, impl=_impl(like))
     return data
+
+
+def _impl(key: Any) -> Any:
+    """As `jax.random.key_impl`, of a `jax.ShapeDtypeStruct` too."""
+    found: list[Any] = []
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), key)
+    return found.pop()
 
 
 def _shapes(node: Any) -> list[Any]:
@@ -81,10 +93,11 @@ def _shapes(node: Any) -> list[Any]:
 
 def _refuse_base(rest: Mapping[str, Any], base: Mapping[str, Any]) -> None:
     """Raises where an array of the state is a leaf of the base, by the end of its path and its shape."""
+    shapes = {np.shape(x) for x in base.values()} - {()}
     for path, x in rest.items():
-        parts = path.split("/")
+        parts = path.split("/") if np.shape(x) in shapes else []
         for end in ("/".join(parts[i:]) for i in range(len(parts))):
-            if np.ndim(x) and end in base and np.shape(x) == np.shape(base[end]):
+            if end in base and np.shape(x) == np.shape(base[end]):
                 raise ValueError(
                     f"the state has the base's {end!r} at {path!r}, and checkpoints hold no base weights: keep only "
                     "lora_params in the state, or the base as a whole, in a tree like `frozen`"

@@ -1,0 +1,239 @@
+"""Checkpoints of state that lies on a mesh: restored on others, by other numbers of processes, bit for bit."""
+
+from __future__ import annotations
+
+import faulthandler
+import functools
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import processes
+import pytest
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lora_jax as lora
+from lora_jax import distributed, tree
+from lora_jax.formats import orbax
+from lora_jax.training import State, evaluate, fit, make_step
+
+pytestmark = pytest.mark.standard_promotion
+
+RNG = np.random.default_rng(0)
+PARAMS = {
+    name: RNG.normal(0, 0.2, shape).astype("float32") for name, shape in {"up": (16, 32), "down": (32, 16)}.items()
+}
+SPECS = {"up": P("fsdp", "tp"), "down": P("tp", "fsdp")}
+RULES = {"up": lora.LoRA(4), "down": lora.DoRA(4)}
+BATCHES = RNG.normal(0, 1, (6, 2, 16, 16)).astype("float32")
+TX = lora.optimizer(optax.adam(1e-2))
+SAVED, LAST = 3, 5
+
+
+def loss(params, batch):
+    x, y = batch
+    return jnp.mean((jnp.tanh(x @ params["up"]) @ params["down"] - y) ** 2)
+
+
+class Data:
+    """Batches without end, whose position is saved."""
+
+    def __init__(self, mesh):
+        self.mesh, self.position = mesh, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.position += 1
+        return placed(BATCHES[self.position % len(BATCHES)], P(None, "fsdp"), self.mesh)
+
+    def get_state(self):
+        return {"position": self.position}
+
+    def set_state(self, state):
+        self.position = state["position"]
+
+
+def placed(array, spec, mesh):
+    if mesh is None:
+        return jnp.asarray(array)
+    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), array.__getitem__)
+
+
+class Run:
+    """What a run on a mesh, or on one device, has."""
+
+    def __init__(self, mesh):
+        params = {path: placed(array, SPECS[path], mesh) for path, array in PARAMS.items()}
+        self.mesh, self.data, self.losses = mesh, Data(mesh), []
+        self.frozen, lora_params = lora.split(jax.random.key(0), params, RULES)
+        self.state = State.create(jax.random.key(1), lora_params, TX)
+        self.places = lora.shardings(self.state, self.frozen) if mesh else None
+        self.step = make_step(loss, TX, shardings=self.places)
+
+    def checkpoints(self, folder):
+        return orbax.Checkpoints(folder, self.frozen, every=1)
+
+    def fit(self, steps, checkpoints=None):
+        note = lambda step, state, metrics: self.losses.append(float(metrics["loss"]))  # noqa: E731
+        self.state = fit(
+            self.step, self.state, self.frozen, self.data, steps=steps, hooks=[note], checkpoints=checkpoints
+        )
+
+    def whole(self):
+        """All arrays of the state, as this process alone has them, and what is lost on three batches."""
+        state = self.state if self.mesh is None else jax.device_put(self.state, NamedSharding(self.mesh, P()))
+        arrays = jax.tree.leaves((state.lora_params, state.opt_state, state.step, jax.random.key_data(state.key)))
+        batches = [placed(batch, P(None, "fsdp"), self.mesh) for batch in BATCHES[:3]]
+        return [
+            *map(np.asarray, arrays),
+            np.float32(evaluate(loss, self.frozen, self.state.lora_params, batches)["loss"]),
+        ]
+
+
+def four(folder):
+    """Two by four devices of four processes: saves after each step, and goes on both ways."""
+    run = Run(Mesh(np.reshape(jax.devices(), (2, 4)), ("fsdp", "tp")))
+    (moments, *_) = run.state.opt_state.inner_states["trained"].inner_state
+    for array in (run.state.lora_params["up"].factors["B"], moments.mu["down"].factors["A"]):
+        assert not array.is_fully_addressable and not array.is_fully_replicated
+    with run.checkpoints(folder / "run") as checkpoints:
+        run.fit(SAVED, checkpoints)
+    saved = run.whole()
+    run.fit(LAST)
+    undisturbed = run.whole()
+    if jax.process_index() == 0:
+        np.savez(folder / "found", losses=run.losses, **{f"saved_{i}": x for i, x in enumerate(saved)})
+        shutil.copytree(folder / "run", folder / "damaged")
+        (folder / "damaged" / str(SAVED) / "lora_jax.json").write_text("{")
+    multihost_utils.sync_global_devices("damaged")
+
+    with run.checkpoints(folder / "run") as checkpoints:
+        run.state = checkpoints.restore(run.state)
+    assert jax.tree.all(jax.tree.map(lambda x, place: x.sharding == place, run.state, run.places))
+    np.testing.assert_equal(run.whole(), saved)
+    run.data.position = SAVED
+    run.fit(LAST)
+    np.testing.assert_equal(run.whole(), undisturbed)
+
+    with run.checkpoints(folder / "damaged") as checkpoints:
+        assert checkpoints.read(run.state).step == SAVED - 1
+        checkpoints.save(SAVED, run.state, position={"process": jax.process_index()})
+        found = checkpoints.read(run.state)
+    assert (found.step, found.position) == (SAVED, {"process": jax.process_index()})
+
+
+def goes_on(run, folder):
+    """The state as it was saved, and the losses that follow."""
+    with run.checkpoints(folder / "run") as checkpoints:
+        run.fit(SAVED, checkpoints)  # takes no step
+        before = run.whole()
+    assert run.losses == []
+    run.fit(LAST)
+    found = np.load(folder / "found.npz")
+    for i, array in enumerate(before[:-1]):
+        np.testing.assert_array_equal(array, found[f"saved_{i}"], strict=True)
+    np.testing.assert_allclose(run.losses, found["losses"][SAVED:], rtol=0, atol=1e-5)
+
+
+def two(folder):
+    """Two by two devices of two processes."""
+    run = Run(Mesh(np.reshape(jax.devices(), (2, 2)).T, ("fsdp", "tp")))
+    goes_on(run, folder)
+    if jax.process_index() == 1:  # the other need not know
+        loaded = orbax.load(folder / "run", SAVED)
+        found = np.load(folder / "found.npz")
+        for i, array in enumerate(jax.tree.leaves(loaded)):
+            np.testing.assert_array_equal(array, found[f"saved_{i}"], strict=True)
+    with run.checkpoints(folder / "damaged") as checkpoints:
+        with pytest.raises(ValueError, match="4 processes saved different positions in their data, and now .* 2"):
+            checkpoints.read(run.state)
+
+
+def test_a_checkpoint_of_four_processes_goes_on_with_two_and_with_one(tmp_path):
+    processes.run(tmp_path, 4, __file__, str(tmp_path), "four")
+    assert {path.name for path in (tmp_path / "damaged").iterdir()} == {"2", "3", "damaged-3"}
+    processes.run(tmp_path, 2, __file__, str(tmp_path), "two")
+    run = Run(Mesh(np.reshape(jax.devices(), (4, 2)), ("fsdp", "tp")))
+    goes_on(run, tmp_path)
+    goes_on(Run(None), tmp_path)
+    assert {name: adapter.variant for name, adapter in orbax.load(tmp_path / "run").items()} == RULES
+
+
+def on(mesh):
+    """A state of LoRA, DoRA and VeRA, which shares factors, and of a typed key, on a mesh, or on one device."""
+    shapes = {"up": (16, 32), "down": (32, 16), "side": (16, 32)}
+    specs = {**SPECS, "side": P(None, "fsdp")}
+    params = {name: placed(np.ones(shape, np.float32), specs[name], mesh) for name, shape in shapes.items()}
+    rules = {**RULES, "side": lora.VeRA(4)}
+    frozen, lora_params = lora.split(jax.random.key(0), params, rules)
+    return frozen, State.create(jax.random.key(7, impl="rbg"), lora_params, TX)
+
+
+def test_a_state_goes_from_mesh_to_mesh(tmp_path):
+    """Each checkpoint is saved where the one before was restored; the last is what the first was."""
+    meshes = {
+        "8": jax.make_mesh((8, 1), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2),
+        "4 x 2": jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2),
+        "one device": None,
+        "explicit": jax.make_mesh((2, 4), ("tp", "fsdp"), axis_types=(AxisType.Explicit,) * 2),
+        "abstract": jax.make_mesh((2, 4), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2),
+    }
+    states = {name: on(mesh) for name, mesh in meshes.items()}
+    frozen, state = states["8"]
+    leaves, treedef = jax.tree.flatten(jax.tree.map(lambda x: x if is_key(x) else np.asarray(x), state))
+    drawn = [x if is_key(x) else RNG.integers(1, 100, x.shape).astype(x.dtype) for x in leaves]
+    first = jax.tree.unflatten(treedef, drawn)
+    state = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), first, state)
+    for step, (name, (frozen, like)) in enumerate(states.items()):
+        if name == "abstract":
+            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        with orbax.Checkpoints(tmp_path, frozen) as checkpoints:
+            checkpoints.save(step, state)
+            state = checkpoints.restore(like)
+        jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), *map(bits, (state, first)))
+        lies = jax.tree.map(lambda x, y: x.sharding == y.sharding and x.dtype == y.dtype, state, like)
+        assert jax.tree.all(lies), name
+
+
+def test_a_checkpoint_holds_factors_moments_and_scalars_alone(tmp_path):
+    frozen, state = on(None)
+    with orbax.Checkpoints(tmp_path, frozen) as checkpoints:
+        checkpoints.save(1, state)
+    saved = json.loads((tmp_path / "1" / "lora_jax.json").read_text())["manifest"]["arrays"]
+    shapes = {name: [tuple(shape) for _, shape in arrays.values()] for name, arrays in saved.items()}
+    own = [x.shape for x in jax.tree.leaves(state.lora_params)]
+    trained = [x.shape for name, x in tree.flatten(state.lora_params)[0].items() if not name.startswith("shared")]
+    assert sorted(shapes["adapter"]) == sorted(own)
+    assert sorted(shapes["rest"]) == sorted([*trained, *trained, (), (), (4,)])  # two moments, two counts, and a key
+    with ocp.StandardCheckpointer() as checkpointer:  # what orbax itself says is there
+        found = {name: checkpointer.metadata(tmp_path / "1" / name).item_metadata for name in shapes}
+    assert {n: [x.shape for x in jax.tree.leaves(dict(found[n].items()))] for n in found} == shapes
+    assert not {x.shape for x in jax.tree.leaves(frozen)} & {shape for each in shapes.values() for shape in each}
+
+    arrays = jax.tree.leaves(bits(state))
+    size = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+    assert size < sum(x.nbytes for x in arrays) + 1024 * len(arrays)
+
+
+def is_key(x):
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def bits(tree):
+    return jax.tree.map(lambda x: np.asarray(jax.random.key_data(x) if is_key(x) else x), tree)
+
+
+if __name__ == "__main__":
+    faulthandler.dump_traceback_later(processes.PATIENCE, exit=True)  # should it outlive who started it
+    distributed.initialize()
+    {"four": four, "two": two}[sys.argv[2]](Path(sys.argv[1]))
