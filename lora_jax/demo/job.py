@@ -13,11 +13,11 @@ import numpy as np
 import optax
 
 import lora_jax as lora
-from lora_jax import tree
+from lora_jax import training, tree
 from lora_jax.demo import corpus
 from lora_jax.demo.batches import apply, draw, encode, labels
 from lora_jax.demo.encoder import Encoder
-from lora_jax.demo.parallel import everywhere, parallel
+from lora_jax.demo.parallel import everywhere, parallel, spread, whole
 from lora_jax.demo.task import Task
 from lora_jax.models.classifier import add_head
 
@@ -197,27 +197,19 @@ def fit(
     report: Callable[[int, float], None],
 ) -> Trained:
     """A step on each batch: AdamW, its rate warmed up over a tenth of the steps and brought to zero along a cosine."""
-    lora_params: Any  # what optax takes for a tree of parameters, its types say too narrowly
     frozen, lora_params = lora.split(key, params, rules, sites=lora.sites(loss_fn, params, batches[0]))
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, len(batches) // 10, len(batches))
-    tx = lora.optimizer(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule)))
-
-    @parallel
-    def step(lora_params: Any, opt_state: Any, frozen: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
-        def objective(lora_params: Any) -> jax.Array:
-            return lora.lift(loss_fn)(lora.attach(frozen, lora_params), batch)
-
-        loss, grads = jax.value_and_grad(objective)(lora_params)
-        updates, opt_state = tx.update(grads, opt_state, lora_params)
-        return optax.apply_updates(lora_params, updates), opt_state, loss
-
+    tx = lora.optimizer(optax.adamw(schedule))
+    step = training.make_step(loss_fn, tx, clip_norm=1.0, shardings=whole())
     losses: list[float] = []
-    opt_state = everywhere(tx.init(lora_params))
-    for batch in batches:
-        lora_params, opt_state, loss = step(lora_params, opt_state, frozen, batch)
-        losses.append(float(loss))
-        report(len(losses), losses[-1])
-    return Trained(frozen, lora_params, opt_state, losses)
+
+    def note(done: int, state: training.State, metrics: training.Metrics) -> None:
+        losses.append(float(metrics["loss"]))
+        report(done, losses[-1])
+
+    state = training.State.create(key, everywhere(lora_params), tx)
+    state = training.fit(step, state, frozen, map(spread, batches), steps=len(batches), hooks=[note])
+    return Trained(frozen, state.lora_params, state.opt_state, losses)
 
 
 def compare(task: Task, trained: Trained, loaded: Any, merged: np.ndarray) -> list[Agreement]:

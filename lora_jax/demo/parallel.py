@@ -15,17 +15,19 @@ from lora_jax.placement import on_mesh
 
 def parallel(fun: Callable[..., Any]) -> Callable[..., Any]:
     """`jax.jit(fun)`, which spreads its last argument over all devices; results are whole on each of them."""
-    if jax.device_count() == 1:
-        return jax.jit(fun)
-    jitted = jax.jit(fun, out_shardings=NamedSharding(_mesh(1), PartitionSpec()))
+    jitted = jax.jit(fun, out_shardings=whole())
     return lambda *args: jitted(*args[:-1], spread(args[-1]))
+
+
+def whole() -> NamedSharding | None:
+    """Where that lies which each device has all of; None for one device."""
+    return None if jax.device_count() == 1 else NamedSharding(_mesh(1), PartitionSpec())
 
 
 def everywhere(tree: Any) -> Any:
     """The tree's arrays, whole on each device; those that lie on several already stay."""
-    if jax.device_count() == 1:
-        return tree
-    return jax.tree.map(lambda x: _placed(x, NamedSharding(_mesh(1), PartitionSpec())), tree)
+    sharding = whole()
+    return tree if sharding is None else jax.tree.map(lambda x: _placed(x, sharding), tree)
 
 
 def spread(batch: Any) -> Any:
@@ -33,6 +35,8 @@ def spread(batch: Any) -> Any:
 
     Each process has the whole batch, and puts on its devices what belongs there; arrays that lie there already stay.
     """
+    if jax.device_count() == 1:
+        return batch
     examples = len(jax.tree.leaves(batch)[0])
     parts = math.gcd(examples, jax.device_count())
     return jax.tree.map(lambda x: _placed(x, NamedSharding(_mesh(parts), PartitionSpec("data"))), batch)
