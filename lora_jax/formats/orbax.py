@@ -194,9 +194,7 @@ class Checkpoints:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _write(
-        self, step: int, parts: Parts, lora_params: LoraParams, metrics: dict[str, Any], position: str
-    ) -> None:
+    def _write(self, step: int, parts: Parts, lora_params: LoraParams, metrics: dict[str, Any], position: str) -> None:
         """All that takes time; runs in the thread. The arrays of the adapters may be gone, and are not looked at."""
         metrics = {name: float(x) for name, x in metrics.items()}
         about = manifest.described(parts, lora_params)
@@ -311,8 +309,9 @@ def load(folder: str | os.PathLike[str], step: int | None = None) -> LoraParams:
         place = folder / str(step)
         about = manifest.read(place)
     shapes = {n: jax.ShapeDtypeStruct(shape, dtype) for n, (dtype, shape) in about["arrays"]["adapter"].items()}
-    own = ocp.options.MultiprocessingOptions(  # of several processes, one may read by itself
-        primary_host=None, active_processes={jax.process_index()}, barrier_sync_key_prefix=str(jax.process_index())
+    this = jax.process_index()  # of several processes, one may read by itself
+    own = ocp.options.MultiprocessingOptions(
+        primary_host=this, active_processes={this}, barrier_sync_key_prefix=str(this)
     )
     with ocp.StandardCheckpointer(multiprocessing_options=own) as checkpointer:
         found = checkpointer.restore(place / "adapter", _templates(shapes))
