@@ -204,11 +204,11 @@ def _parsed(text: str) -> tuple[LoraParams, dict[str, str] | None]:
 def _arrays(content: bytes) -> dict[str, jax.Array]:
     """The tensors of a safetensors file, by name."""
     try:
-        found = deserialize(content)
+        found = dict(deserialize(content))
     except SafetensorError as error:
         raise ValueError(f"no whole safetensors file ({shown(error)}): copy or save it again") from error
     arrays = {}
-    for name, tensor in found:
+    for name, tensor in sorted(found.items()):
         dtype = jnp.dtype(DTYPES[tensor["dtype"]]) if tensor["dtype"] in DTYPES else None
         if dtype is None:
             raise ValueError(f"{name!r} is of dtype {tensor['dtype']}, and known are {', '.join(DTYPES)}")
