@@ -4,6 +4,8 @@ optax's Adam and its kin multiply a float with an int32 step count, which strict
 say `@pytest.mark.standard_promotion` (or `pytestmark = pytest.mark.standard_promotion` for a whole file).
 """
 
+from pathlib import Path
+
 import jax
 import pytest
 
@@ -12,7 +14,8 @@ collect_ignore = ["fixtures"]  # reference data, and scripts that made it with o
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """Surrounds a test and its fixtures, whatever their scope."""
-    promotion = "standard" if item.get_closest_marker("standard_promotion") else "strict"
+    """Surrounds a test and its fixtures, whatever their scope; pytest asks it of the package's doctests, too."""
+    here = item.path.is_relative_to(Path(__file__).parent)
+    promotion = "standard" if item.get_closest_marker("standard_promotion") or not here else "strict"
     with jax.numpy_dtype_promotion(promotion):
         return (yield)
