@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 import lora_jax
 from lora_jax import tree
@@ -145,7 +146,8 @@ def agreed(folder: Path) -> tuple[int, Path, dict[str, Any]] | None:
             found = newest(folder, put_aside=True)
             told = _NONE if found is None else found[0]
     finally:  # the others wait for a word
-        step = int(multihost_utils.broadcast_one_to_all(np.int32(told)))
+        with jax.set_mesh(Mesh(np.empty((), object), ())):  # whatever mesh is set
+            step = int(multihost_utils.broadcast_one_to_all(np.int32(told)))
     if step == _FAILED:
         raise ValueError(f"{folder}: process 0 finds no checkpoint to go on from, and has said why")
     if jax.process_index() == 0 or step == _NONE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import json
 import math
 import operator
@@ -26,6 +27,8 @@ from lora_jax.fingerprint import check_base, fingerprint
 from lora_jax.formats import description, manifest
 from lora_jax.formats.parts import Parts, take_apart
 from lora_jax.placement import on_mesh
+
+_OPENED = itertools.count()  # names the barriers of each folder's processes, which open folders in one order
 
 
 class Restored(NamedTuple):
@@ -237,7 +240,7 @@ class Checkpoints:
         # Named processes meet at barriers of the runtime's; else all devices would, amid what they compute.
         processes = ocp.options.MultiprocessingOptions(
             active_processes=set(range(jax.process_count())) if several else None,
-            barrier_sync_key_prefix="lora_jax" if several else None,
+            barrier_sync_key_prefix=f"lora_jax_{next(_OPENED)}" if several else None,
         )
         own = ocp.options.MultiprocessingOptions(primary_host=None)
         options = ocp.CheckpointManagerOptions(
@@ -327,10 +330,16 @@ def _copies(arrays: Any) -> Any:
 
 def _copied(parts: Parts) -> Parts:
     """What a step may then donate, or others change: copied where it lies, without waiting for it to be there."""
-    flat = {(i, name): x for i, part in enumerate(parts) for name, x in part.items()}
-    own = {str(key): x for key, x in flat.items() if isinstance(x, jax.Array)}
-    copies = _copies(own)
-    return Parts(*({name: copies.get(str((i, name)), x) for name, x in part.items()} for i, part in enumerate(parts)))
+
+    def copied(part: Mapping[str, Any]) -> dict[str, Any]:
+        groups: dict[Any, dict[str, Any]] = {}  # a program for all arrays on the same devices
+        for name, x in part.items():
+            if isinstance(x, jax.Array):
+                groups.setdefault(getattr(x.sharding, "mesh", x.sharding), {})[name] = x
+        copies = {name: x for group in groups.values() for name, x in _copies(group).items()}
+        return {name: copies[name] if name in copies else np.array(x) for name, x in part.items()}
+
+    return Parts(*map(copied, parts))
 
 
 def _templates(part: Mapping[str, Any]) -> dict[str, Any]:
