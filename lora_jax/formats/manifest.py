@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -122,7 +123,8 @@ def newest(folder: Path, put_aside: bool = False) -> tuple[int, Path, dict[str, 
         for other, cause in damaged.items():
             log.warning("%s is damaged (%s): going on from step %d", folder / str(other), cause, step)
             if put_aside:
-                (folder / str(other)).rename(_free(folder / f"damaged-{other}"))
+                with contextlib.suppress(OSError):  # where nothing can be written, it is passed over each time
+                    (folder / str(other)).rename(_free(folder / f"damaged-{other}"))
         return step, place, about
     if damaged:
         said = "; ".join(f"step {step}: {cause}" for step, cause in damaged.items())
