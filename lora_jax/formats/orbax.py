@@ -107,7 +107,13 @@ class Checkpoints:
         self._values: dict[int, float] = {}
         self._manifest: dict[str, Any] = {}
         self._pending: Future[None] | None = None
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                f"{self.folder}: no folder for checkpoints can be made there ({error.strerror}): give one that can be "
+                "written to"
+            ) from error
         for step, metrics in manifest.metrics(self.folder).items():
             self._note(step, metrics)
         self._manager = self._opened(AnyPreservationPolicy([LatestN(keep_last), _Best(keep_best, self._values)]))
@@ -209,17 +215,23 @@ class Checkpoints:
             if part
         }
         try:
+            self._clear()
             if step in self._manager.all_steps():
                 self._manager.delete(step)
             items["position"] = ocp.args.JsonSave(json.loads(position))
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
             self._manager.wait_until_finished()
         except Exception as error:  # whatever orbax and tensorstore raise
-            for left in self.folder.glob(f"{step}.*tmp*"):
-                shutil.rmtree(left, ignore_errors=True)
+            self._clear()
             raise OSError(
-                f"{self.folder / str(step)} could not be written ({error}); checkpoints before it are as they were"
+                f"{self.folder / str(step)} could not be written: {_cause(error)}. Checkpoints before it are as they "
+                "were: when the folder has room and can be written to, save again, or run again, to go on from them"
             ) from error
+
+    def _clear(self) -> None:
+        """Deletes what saves have left that were killed or failed, some of whose threads may write on for a while."""
+        for left in self.folder.glob("*.orbax-checkpoint-tmp*") if jax.process_index() == 0 else ():
+            shutil.rmtree(left, ignore_errors=True)
 
     def _adapters(self, state: Any) -> LoraParams:
         try:
@@ -246,7 +258,6 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
             create=False,  # it is there; orbax makes none for named processes
-            cleanup_tmp_directories=True,
             save_root_metadata=False,
             multiprocessing_options=processes,
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
@@ -321,6 +332,11 @@ def load(folder: str | os.PathLike[str], step: int | None = None) -> LoraParams:
     lora_params = jax.tree.map(found.__getitem__, description.restore(about["adapters"]))
     description.check(lora_params)
     return lora_params
+
+
+def _cause(error: Exception) -> str:
+    """What went wrong, of an error that may begin with how tensorstore came to it, and end with all it was told."""
+    return getattr(error, "strerror", None) or str(error).split(" [")[0].rsplit(": ", 1)[-1]
 
 
 @jax.jit
