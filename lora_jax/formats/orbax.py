@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import itertools
 import json
 import math
@@ -195,7 +196,8 @@ class Checkpoints:
             self.wait()
         finally:
             thread.shutdown()
-            self._manager.close()
+            with contextlib.suppress(Exception):  # orbax raises once more what a failed save has raised
+                self._manager.close()
 
     def __enter__(self) -> Checkpoints:
         return self
