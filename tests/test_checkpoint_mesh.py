@@ -6,7 +6,9 @@ import faulthandler
 import functools
 import json
 import shutil
+import signal
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -23,7 +25,8 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
 from lora_jax import distributed, tree
-from lora_jax.formats import orbax
+from lora_jax.formats import manifest, orbax
+from lora_jax.interruption import Interrupted
 from lora_jax.training import State, evaluate, fit, make_step
 
 pytestmark = pytest.mark.standard_promotion
@@ -156,9 +159,25 @@ def two(folder):
         found = np.load(folder / "found.npz")
         for i, array in enumerate(jax.tree.leaves(loaded)):
             np.testing.assert_array_equal(array, found[f"saved_{i}"], strict=True)
+    stops(run, folder / "stopped")
     with run.checkpoints(folder / "damaged") as checkpoints:
         with pytest.raises(ValueError, match="4 processes saved different positions in their data, and now .* 2"):
             checkpoints.read(run.state)
+
+
+def stops(run, folder):
+    """A signal to one of them stops both after the same step, which JAX's runtime takes a while to agree on."""
+
+    def hook(step, *_):
+        if (step, jax.process_index()) == (LAST + 1, 1):
+            signal.raise_signal(signal.SIGTERM)
+        time.sleep(0.01)
+
+    with orbax.Checkpoints(folder, run.frozen, every=10**6) as checkpoints, pytest.raises(Interrupted) as found:
+        fit(run.step, run.state, run.frozen, run.data, steps=10**6, hooks=[hook], checkpoints=checkpoints)
+    assert found.value.code == 128 + signal.SIGTERM
+    steps = multihost_utils.process_allgather(np.int32(found.value.step))
+    assert manifest.steps(folder) == [steps[0]] == [steps[1]]
 
 
 def test_a_checkpoint_of_four_processes_goes_on_with_two_and_with_one(tmp_path):

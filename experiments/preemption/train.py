@@ -1,8 +1,8 @@
 """The run that is killed: python experiments/preemption/train.py FOLDER; the same command goes on where it was cut off.
 
 It does what training does that has a state: dropout, clipping, AdamW under a schedule, shuffled data by grain,
-evaluation, early stopping (which never comes), checkpoints of the newest two and of the best. In FOLDER: `checkpoints/`,
-`steps` (a line for each step, written at once), and at the end `adapter.safetensors`.
+evaluation, early stopping (which never comes), checkpoints of the newest two and of the best. In FOLDER are
+`checkpoints/`, `steps` (a line for each step, written at once), and at the end `adapter.safetensors`.
 """
 
 import sys
