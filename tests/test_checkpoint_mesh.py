@@ -26,8 +26,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lora
 from lora_jax import distributed, tree
 from lora_jax.formats import manifest, orbax
-from lora_jax.interruption import Interrupted
-from lora_jax.training import State, evaluate, fit, make_step
+from lora_jax.training import Interrupted, State, evaluate, fit, make_step
 
 pytestmark = pytest.mark.standard_promotion
 

@@ -14,7 +14,7 @@ import pytest
 from checks import equations, error, normal, randomized
 
 import lora_jax as lora
-from lora_jax import hooks, training
+from lora_jax import training
 from lora_jax.formats.orbax import Checkpoints
 
 pytestmark = pytest.mark.standard_promotion  # Adam's
@@ -226,9 +226,9 @@ def test_fit_compiles_once_calls_hooks_in_turn_and_goes_on(tmp_path):
         seen.append((step, int(state.step), sorted(metrics)))
 
     each = [
-        hooks.every(2, hooks.evaluation(lambda lora_params: {"loss": 1.0})),
+        training.hooks.every(2, training.hooks.evaluation(lambda lora_params: {"loss": 1.0})),
         told,
-        hooks.every(4, hooks.log(said.append)),
+        training.hooks.every(4, training.hooks.log(said.append)),
     ]
     step = made()
     whole, _ = ran(step, 2 * BATCHES, created())
@@ -253,10 +253,10 @@ def test_early_stopping_resumes(tmp_path):
     losses = [3.0, 2.0, 2.5, float("nan"), 1.5, 1.9, 1.8, 1.7, 1.6]
 
     def fit(steps):
-        found = hooks.evaluation(lambda lora_params: {"loss": losses[int(state["step"])]})
+        found = training.hooks.evaluation(lambda lora_params: {"loss": losses[int(state["step"])]})
         state = {}
         note = lambda step, _, metrics: state.update(step=step - 1)  # noqa: E731
-        stopping = hooks.every(1, hooks.EarlyStopping(patience=3))
+        stopping = training.hooks.every(1, training.hooks.EarlyStopping(patience=3))
         with Checkpoints(tmp_path, FROZEN, every=1) as checkpoints:
             data = itertools.cycle(BATCHES)
             return training.fit(

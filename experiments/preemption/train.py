@@ -15,8 +15,9 @@ import numpy as np
 import optax
 
 import lora_jax as lora
-from lora_jax import hooks, training
+from lora_jax import training
 from lora_jax.formats.orbax import Checkpoints
+from lora_jax.training import hooks
 
 STEPS, EVERY = 120, 3
 RNG = np.random.default_rng(0)

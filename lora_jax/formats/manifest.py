@@ -132,6 +132,22 @@ def newest(folder: Path, put_aside: bool = False) -> tuple[int, Path, dict[str, 
     return None
 
 
+def at(folder: Path, step: int) -> tuple[int, Path, dict[str, Any]]:
+    """The checkpoint of a step, if it is intact.
+
+    Raises:
+      FileNotFoundError: There is none.
+      ValueError: It is damaged, or of a later version.
+    """
+    place, others = folder / str(step), steps(folder)
+    if step not in others:
+        raise FileNotFoundError(f"{place}: no such checkpoint; in its folder are those of steps {others}")
+    try:
+        return step, place, read(place)
+    except DamagedError as error:
+        raise ValueError(f"{place} is damaged ({error}): take another of steps {others}") from error
+
+
 def agreed(folder: Path) -> tuple[int, Path, dict[str, Any]] | None:
     """As `newest`, what is damaged put aside; of several processes, which all call it, the first decides for all.
 
@@ -189,6 +205,8 @@ def metrics(folder: Path) -> dict[int, dict[str, Any]]:
 
 def steps(folder: Path) -> list[int]:
     """The steps of a folder's checkpoints, ascending."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder of checkpoints")
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
 
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import itertools
 import json
 import math
 import operator
 import os
-import shutil
-import threading
 import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,15 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from lora_jax.factors import LoraParams
 from lora_jax.fingerprint import check_base, fingerprint
 from lora_jax.formats import description, manifest
-from lora_jax.formats.parts import Parts, take_apart
+from lora_jax.formats.folder import before_exit, cause, clear, opened
+from lora_jax.formats.parts import Parts, copied, placed, take_apart, templates
 from lora_jax.placement import on_mesh
-
-_OPENED = itertools.count()  # names the barriers of each folder's processes, which open folders in one order
 
 
 class Restored(NamedTuple):
@@ -117,9 +111,9 @@ class Checkpoints:
             ) from error
         for step, metrics in manifest.metrics(self.folder).items():
             self._note(step, metrics)
-        self._manager = self._opened(AnyPreservationPolicy([LatestN(keep_last), _Best(keep_best, self._values)]))
+        self._manager = opened(self.folder, keep_last, keep_best, self._values, self._seal)
         self._thread: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "checkpoints")
-        _before_exit(weakref.WeakMethod(self.close))
+        before_exit(weakref.WeakMethod(self.close))
 
     def save(self, step: int, state: Any, *, metrics: Mapping[str, Any] | None = None, position: Any = None) -> None:
         """Starts to save a state; it may be donated right after.
@@ -133,7 +127,8 @@ class Checkpoints:
           position: What is to be saved besides, of JSON's types; each process saves its own.
 
         Raises:
-          ValueError: The state has no adapters, or the base in it.
+          ValueError: The state has no adapters, or the base in it; or the factors that the save before was of are not
+            finite (which is looked at where there is one process).
           OSError: The save before failed.
         """
         self.wait()
@@ -141,15 +136,21 @@ class Checkpoints:
         parts, _ = take_apart(state, self._frozen, lora_params)
         if self._thread is None:
             raise ValueError(f"the checkpoints in {self.folder} are closed: save before the `with` block ends")
-        self._pending = self._thread.submit(
-            self._write, step, _copied(parts), lora_params, dict(metrics or {}), json.dumps(position)
-        )
+        try:
+            text = json.dumps(position)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"step {step} is not saved: its position, in which are the states of data and hooks, cannot be said in "
+                f"JSON ({error}): have get_state return numbers, strings, lists and dicts"
+            ) from error
+        self._pending = self._thread.submit(self._write, step, copied(parts), lora_params, dict(metrics or {}), text)
 
     def wait(self) -> None:
         """Waits until what was saved is on the disk.
 
         Raises:
           OSError: It could not be written; the checkpoints before it are as they were.
+          ValueError: As `save`.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -177,9 +178,9 @@ class Checkpoints:
         parts, rebuilt = take_apart(state, self._frozen, lora_params)
         check_base(str(folder), about["base"], self._base)
         manifest.check(str(folder), about, manifest.described(parts, lora_params))
-        items = {name: ocp.args.StandardRestore(_templates(part)) for name, part in parts._asdict().items() if part}
+        items = {name: ocp.args.StandardRestore(templates(part)) for name, part in parts._asdict().items() if part}
         found = self._manager.restore(step, args=ocp.args.Composite(**items))
-        filled = {name: _placed(part, found[name]) if part else {} for name, part in parts._asdict().items()}
+        filled = {name: placed(part, found[name]) if part else {} for name, part in parts._asdict().items()}
         return Restored(step, rebuilt(Parts(**filled)), manifest.position(folder))
 
     def restore(self, state: Any) -> Any:
@@ -207,7 +208,9 @@ class Checkpoints:
 
     def _write(self, step: int, parts: Parts, lora_params: LoraParams, metrics: dict[str, Any], position: str) -> None:
         """All that takes time; runs in the thread. The arrays of the adapters may be gone, and are not looked at."""
-        metrics = {name: float(x) for name, x in metrics.items()}
+        metrics = {
+            name: float(x) for name, x in metrics.items() if np.size(x) == 1 and np.asarray(x).dtype.kind in "biuf"
+        }
         about = manifest.described(parts, lora_params)
         self._manifest = {"step": step, "base": self._base, **about, "metrics": metrics}
         self._note(step, metrics)
@@ -216,24 +219,33 @@ class Checkpoints:
             for name, part in parts._asdict().items()
             if part
         }
+        self._check_finite(step, parts.adapter)
         try:
-            self._clear()
+            clear(self.folder)
             if step in self._manager.all_steps():
                 self._manager.delete(step)
             items["position"] = ocp.args.JsonSave(json.loads(position))
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
             self._manager.wait_until_finished()
         except Exception as error:  # whatever orbax and tensorstore raise
-            self._clear()
+            clear(self.folder)
             raise OSError(
-                f"{self.folder / str(step)} could not be written: {_cause(error)}. Checkpoints before it are as they "
+                f"{self.folder / str(step)} could not be written: {cause(error)}. Checkpoints before it are as they "
                 "were: when the folder has room and can be written to, save again, or run again, to go on from them"
             ) from error
 
-    def _clear(self) -> None:
-        """Deletes what saves have left that were killed or failed, some of whose threads may write on for a while."""
-        for left in self.folder.glob("*.orbax-checkpoint-tmp*") if jax.process_index() == 0 else ():
-            shutil.rmtree(left, ignore_errors=True)
+    def _check_finite(self, step: int, factors: Mapping[str, Any]) -> None:
+        if jax.process_count() > 1:  # of which one might find what others do not
+            return
+        for name, x in factors.items():
+            if (
+                jnp.issubdtype(x.dtype, jnp.inexact)
+                and not np.isfinite(np.asarray(x, np.result_type(x, np.float32))).all()
+            ):
+                raise ValueError(
+                    f"{self.folder}: step {step} was not saved, because factors are not finite, {name!r} first: "
+                    "training has diverged; run again, to go on from the checkpoint before, with a smaller learning rate"
+                )
 
     def _adapters(self, state: Any) -> LoraParams:
         try:
@@ -249,59 +261,10 @@ class Checkpoints:
         if isinstance(value, int | float) and math.isfinite(value):
             self._values[step] = self._sign * value
 
-    def _opened(self, policy: Any) -> ocp.CheckpointManager:
-        several = jax.process_count() > 1
-        # Named processes meet at barriers of the runtime's; else all devices would, amid what they compute.
-        processes = ocp.options.MultiprocessingOptions(
-            active_processes=set(range(jax.process_count())) if several else None,
-            barrier_sync_key_prefix=f"lora_jax_{next(_OPENED)}" if several else None,
-        )
-        own = ocp.options.MultiprocessingOptions(primary_host=None)
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy,
-            create=False,  # it is there; orbax makes none for named processes
-            save_root_metadata=False,
-            multiprocessing_options=processes,
-            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
-        )
-        handlers = {
-            "adapter": ocp.StandardCheckpointHandler(multiprocessing_options=processes),
-            "rest": ocp.StandardCheckpointHandler(multiprocessing_options=processes),
-            "position": ocp.JsonCheckpointHandler(f"process_{jax.process_index()}.json", multiprocessing_options=own),
-        }
-        return _Manager(self.folder, options=options, item_names=tuple(handlers), item_handlers=handlers)
-
     def _seal(self) -> None:
         """Writes the manifest into what is written, before it gets its name; by one process, once all are done."""
         (folder,) = self.folder.glob(f"{self._manifest['step']}.*tmp*")
         manifest.write(folder, self._manifest)
-
-
-def _before_exit(close: Callable[[], Callable[[], None] | None]) -> None:
-    """Has the last save of whoever did not wait for it end, or fail, before Python's threads do.
-
-    Otherwise orbax waits minutes for threads that no longer start; `atexit` comes after those have ended. Python 3.12
-    starts no thread any more even here, so that the save may fail: then it says so.
-    """
-    getattr(threading, "_register_atexit", atexit.register)(lambda: (alive := close()) and alive())
-
-
-class _Manager(ocp.CheckpointManager):
-    def reached_preemption(self, step: int) -> bool:
-        """Asked by the thread, of a step that is past: whether to stop is for the loop to ask."""
-        return False
-
-
-class _Best(NamedTuple):
-    """Keeps the steps of the least values."""
-
-    number: int
-    values: Mapping[int, float]
-
-    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
-        known = [info.step for info in checkpoints if info.step in self.values]
-        best = sorted(known, key=lambda step: self.values[step])[: self.number]
-        return [info.step in best for info in checkpoints]
 
 
 def load(folder: str | os.PathLike[str], step: int | None = None) -> LoraParams:
@@ -316,66 +279,17 @@ def load(folder: str | os.PathLike[str], step: int | None = None) -> LoraParams:
       ValueError: It is damaged, or of a later version.
     """
     folder = Path(folder).absolute()
-    if step is None:
-        newest = manifest.newest(folder)
-        if newest is None:
-            raise FileNotFoundError(f"{folder}: no checkpoint there")
-        step, place, about = newest
-    else:
-        place = folder / str(step)
-        about = manifest.read(place)
+    found = manifest.newest(folder) if step is None else manifest.at(folder, step)
+    if found is None:
+        raise FileNotFoundError(f"{folder}: no checkpoint is there")
+    _, place, about = found
     shapes = {n: jax.ShapeDtypeStruct(shape, dtype) for n, (dtype, shape) in about["arrays"]["adapter"].items()}
     this = jax.process_index()  # of several processes, one may read by itself
     own = ocp.options.MultiprocessingOptions(
         primary_host=this, active_processes={this}, barrier_sync_key_prefix=str(this)
     )
     with ocp.StandardCheckpointer(multiprocessing_options=own) as checkpointer:
-        found = checkpointer.restore(place / "adapter", _templates(shapes))
-    lora_params = jax.tree.map(found.__getitem__, description.restore(about["adapters"]))
+        arrays = checkpointer.restore(place / "adapter", templates(shapes))
+    lora_params = jax.tree.map(arrays.__getitem__, description.restore(about["adapters"]))
     description.check(lora_params)
     return lora_params
-
-
-def _cause(error: Exception) -> str:
-    """What went wrong, of an error that may begin with how tensorstore came to it, and end with all it was told."""
-    return getattr(error, "strerror", None) or str(error).split(" [")[0].rsplit(": ", 1)[-1]
-
-
-@jax.jit
-def _copies(arrays: Any) -> Any:
-    return jax.tree.map(jnp.copy, arrays)
-
-
-def _copied(parts: Parts) -> Parts:
-    """What a step may then donate, or others change: copied where it lies, without waiting for it to be there."""
-
-    def copied(part: Mapping[str, Any]) -> dict[str, Any]:
-        groups: dict[Any, dict[str, Any]] = {}  # a program for all arrays on the same devices
-        for name, x in part.items():
-            if isinstance(x, jax.Array):
-                groups.setdefault(getattr(x.sharding, "mesh", x.sharding), {})[name] = x
-        copies = {name: x for group in groups.values() for name, x in _copies(group).items()}
-        return {name: copies[name] if name in copies else np.array(x) for name, x in part.items()}
-
-    return Parts(*map(copied, parts))
-
-
-def _templates(part: Mapping[str, Any]) -> dict[str, Any]:
-    """How orbax is to give each array: as it lies on a mesh, or else NumPy's."""
-    return {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-        if (place := on_mesh(x))
-        else np.empty(x.shape, x.dtype)
-        for name, x in part.items()
-    }
-
-
-def _placed(part: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """Arrays on the device that those of a part lie on."""
-
-    def place(like: Any, x: Any) -> Any:
-        if on_mesh(like) or isinstance(like, np.ndarray):
-            return x
-        return jax.device_put(x, like.sharding if getattr(like, "committed", False) else None)
-
-    return {name: place(like, found[name]) for name, like in part.items()}

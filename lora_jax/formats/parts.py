@@ -12,6 +12,7 @@ import numpy as np
 
 from lora_jax import tree
 from lora_jax.factors import Adapter, LoraParams
+from lora_jax.placement import on_mesh
 
 
 class Parts(NamedTuple):
@@ -102,3 +103,43 @@ def _refuse_base(rest: Mapping[str, Any], base: Mapping[str, Any]) -> None:
                     f"the state has the base's {end!r} at {path!r}, and checkpoints hold no base weights: keep only "
                     "lora_params in the state, or the base as a whole, in a tree like `frozen`"
                 )
+
+
+@jax.jit
+def _copies(arrays: Any) -> Any:
+    return jax.tree.map(jnp.copy, arrays)
+
+
+def copied(parts: Parts) -> Parts:
+    """What a step may then donate, or others change: copied where it lies, without waiting for it to be there."""
+
+    def of(part: Mapping[str, Any]) -> dict[str, Any]:
+        groups: dict[Any, dict[str, Any]] = {}  # a program for all arrays on the same devices
+        for name, x in part.items():
+            if isinstance(x, jax.Array):
+                groups.setdefault(getattr(x.sharding, "mesh", x.sharding), {})[name] = x
+        copies = {name: x for group in groups.values() for name, x in _copies(group).items()}
+        return {name: copies[name] if name in copies else np.array(x) for name, x in part.items()}
+
+    return Parts(*map(of, parts))
+
+
+def templates(part: Mapping[str, Any]) -> dict[str, Any]:
+    """How orbax is to give each array: as it lies on a mesh, or else NumPy's."""
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+        if (place := on_mesh(x))
+        else np.empty(x.shape, x.dtype)
+        for name, x in part.items()
+    }
+
+
+def placed(part: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays on the device that those of a part lie on."""
+
+    def place(like: Any, x: Any) -> Any:
+        if on_mesh(like) or isinstance(like, np.ndarray):
+            return x
+        return jax.device_put(x, like.sharding if getattr(like, "committed", False) else None)
+
+    return {name: place(like, found[name]) for name, like in part.items()}

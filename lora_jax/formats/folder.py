@@ -1,0 +1,87 @@
+"""A folder of checkpoints, as orbax keeps it: how several processes write it, what stays, what is left of failures."""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
+
+_OPENED = itertools.count()  # names the barriers of each folder's processes, which open folders in one order
+
+
+def opened(
+    folder: Path, keep_last: int, keep_best: int, values: Mapping[int, float], seal: Callable[[], None]
+) -> ocp.CheckpointManager:
+    """orbax's manager of a folder that is there.
+
+    Args:
+      folder: The folder.
+      keep_last: How many of the newest stay.
+      keep_best: How many stay besides, those of the least value.
+      values: By step.
+      seal: Called by one process when all is written, before it gets its name.
+    """
+    several = jax.process_count() > 1
+    # Named processes meet at barriers of the runtime's; else all devices would, amid what they compute.
+    processes = ocp.options.MultiprocessingOptions(
+        active_processes=set(range(jax.process_count())) if several else None,
+        barrier_sync_key_prefix=f"lora_jax_{next(_OPENED)}" if several else None,
+    )
+    own = ocp.options.MultiprocessingOptions(primary_host=None)
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=AnyPreservationPolicy([LatestN(keep_last), _Best(keep_best, values)]),
+        create=False,  # it is there; orbax makes none for named processes
+        save_root_metadata=False,
+        multiprocessing_options=processes,
+        async_options=ocp.options.AsyncOptions(post_finalization_callback=seal),
+    )
+    handlers = {
+        "adapter": ocp.StandardCheckpointHandler(multiprocessing_options=processes),
+        "rest": ocp.StandardCheckpointHandler(multiprocessing_options=processes),
+        "position": ocp.JsonCheckpointHandler(f"process_{jax.process_index()}.json", multiprocessing_options=own),
+    }
+    return _Manager(folder, options=options, item_names=tuple(handlers), item_handlers=handlers)
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Asked by the thread, of a step that is past: whether to stop is for the loop to ask."""
+        return False
+
+
+class _Best(NamedTuple):
+    number: int
+    values: Mapping[int, float]
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        known = [info.step for info in checkpoints if info.step in self.values]
+        best = sorted(known, key=lambda step: self.values[step])[: self.number]
+        return [info.step in best for info in checkpoints]
+
+
+def clear(folder: Path) -> None:
+    """Deletes what saves have left that were killed or failed, some of whose threads may write on for a while."""
+    for left in folder.glob("*.orbax-checkpoint-tmp*") if jax.process_index() == 0 else ():
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def cause(error: Exception) -> str:
+    """What went wrong, of an error that may begin with how tensorstore came to it, and end with all it was told."""
+    return getattr(error, "strerror", None) or str(error).split(" [")[0].rsplit(": ", 1)[-1]
+
+
+def before_exit(close: Callable[[], Callable[[], None] | None]) -> None:
+    """Has the last save of whoever did not wait for it end, or fail, before Python's threads do.
+
+    Otherwise orbax waits minutes for threads that no longer start; `atexit` comes after those have ended. Python 3.12
+    starts no thread any more even here, so that the save may fail: then it says so.
+    """
+    getattr(threading, "_register_atexit", atexit.register)(lambda: (alive := close()) and alive())

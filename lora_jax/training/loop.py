@@ -1,0 +1,101 @@
+"""A loop over batches, with hooks between steps, that goes on where a run was cut off."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lora_jax.training.interruption import Interrupted, interruptions
+from lora_jax.training.state import State
+from lora_jax.training.step import Metrics
+
+if TYPE_CHECKING:  # orbax takes long to import
+    from lora_jax.formats.orbax import Checkpoints
+
+Hook = Callable[[int, State, Metrics], Mapping[str, Any] | None]
+
+
+def fit(
+    step: Callable[[State, Any, Any], tuple[State, Metrics]],
+    state: State,
+    frozen: Any,
+    data: Iterable[Any],
+    *,
+    steps: int,
+    hooks: Sequence[Hook] = (),
+    checkpoints: Checkpoints | None = None,
+) -> State:
+    """Steps over batches of data, up to a number of them, or until a hook says stop; goes on where a run was cut off.
+
+    Args:
+      step: As of `make_step`.
+      state: As of `State.create`. It is donated to the first step.
+      frozen: What `split` returned first.
+      data: Batches, one for each step. Of an iterator with `get_state` and `set_state`, as grain's are, the state is
+        saved and restored; of any other, as many batches are passed over as steps were taken.
+      steps: How many steps in all, those before an interruption included.
+      hooks: Called in turn after each step, `hook(step, state, metrics)`. What they return joins the metrics that the
+        next ones see; where it has "stop": True, training ends. The state is valid until the next step. Those that
+        have `get_state` and `set_state`, of something that JSON can say, resume too.
+      checkpoints: Where the state is saved, and restored from first. With it, SIGTERM and Ctrl-C save after the step
+        they come in, and then exit.
+
+    Returns:
+      The state after the last step.
+
+    Raises:
+      ValueError: The data ends before the last step; or what is saved is not of this base, rules or optimizer.
+      Interrupted: A SystemExit, after SIGTERM or Ctrl-C; it has told on stderr how to resume.
+    """
+    source, done, stop = iter(data), int(state.step), False
+    resumable = [x for x in (source, *hooks) if hasattr(x, "get_state") and hasattr(x, "set_state")]
+    if checkpoints and (restored := checkpoints.read(state)):
+        state, done = restored.state, restored.step
+        stop = _resume(resumable, restored.position, f"{checkpoints.folder}: step {done}")
+    if not hasattr(source, "set_state"):
+        collections.deque(itertools.islice(source, done), maxlen=0)  # passed over
+    with contextlib.ExitStack() as last:
+        asked = last.enter_context(interruptions()) if checkpoints else lambda step: None
+        if checkpoints:
+            last.callback(checkpoints.wait)  # whatever ends it, what was saved is to be on the disk
+        while done < steps and not stop:
+            try:
+                batch = next(source)
+            except StopIteration:
+                raise ValueError(f"the data ended after {done} of {steps} steps: repeat it, or take fewer") from None
+            state, metrics = step(state, frozen, batch)
+            done += 1
+            for hook in hooks:
+                metrics |= hook(done, state, metrics) or {}
+            stop, number = bool(metrics.pop("stop", False)), asked(done)
+            if checkpoints and (number or stop or done == steps or done % checkpoints.every == 0):
+                position = {"stop": stop, "states": [_state_of(x) for x in resumable]}
+                checkpoints.save(done, state, metrics=metrics, position=position)
+            if checkpoints and number:
+                checkpoints.wait()
+                raise Interrupted(number, done, checkpoints.folder)
+    return state
+
+
+def _resume(resumable: Sequence[Any], position: Any, where: str) -> bool:
+    """Puts data and hooks where they were; whether one of these had said stop."""
+    if not (isinstance(position, dict) and position.keys() == {"stop", "states"}):  # saved by someone's own loop
+        return False
+    states = position["states"]
+    if len(states) != len(resumable):
+        raise ValueError(
+            f"{where} was saved with {len(states)} iterators and hooks that resume, and there are {len(resumable)}: "
+            "give the same data and hooks, or start in another folder"
+        )
+    for x, its in zip(resumable, states, strict=True):
+        x.set_state(its["bytes"].encode("latin-1") if "bytes" in its else its["json"])
+    return position["stop"]
+
+
+def _state_of(x: Any) -> dict[str, Any]:
+    """As JSON can say it; that of grain's `DataLoader` is bytes."""
+    its = x.get_state()
+    return {"bytes": its.decode("latin-1")} if isinstance(its, bytes) else {"json": its}
