@@ -1,6 +1,9 @@
 """LoRA for any JAX function over any pytree: the public names, and nothing else."""
 
+from typing import TYPE_CHECKING, Any
+
 from lora_jax import rules as _rules  # noqa: F401  (imported for its effect: each rule registers itself with the interpreter)
+from lora_jax import training
 from lora_jax.adapters import attach, dropout, merge, split, unmerge
 from lora_jax.algebra.arithmetic import add, negate, resize, scale, subtract
 from lora_jax.algebra.combine import combine
@@ -31,10 +34,14 @@ from lora_jax.summary import Summary, summary
 from lora_jax.uses import Use
 from lora_jax.variants import IA3, AdaLoRA, DoRA, Full, LoHa, LoKr, LoRA, LoRAFA, LoRAXS, Variant, VeRA
 
+if TYPE_CHECKING:
+    from lora_jax.formats.orbax import Checkpoints
+
 __all__ = [
     "AdaLoRA",
     "Adapter",
     "Axis",
+    "Checkpoints",
     "Cost",
     "DoRA",
     "Explained",
@@ -98,6 +105,15 @@ __all__ = [
     "subspace_similarity",
     "subtract",
     "summary",
+    "training",
     "unmerge",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Checkpoints":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lora_jax.formats.orbax import Checkpoints  # orbax takes as long to import as a fifth of all else
+
+    return Checkpoints

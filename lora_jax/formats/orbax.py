@@ -238,13 +238,11 @@ class Checkpoints:
         if jax.process_count() > 1:  # of which one might find what others do not
             return
         for name, x in factors.items():
-            if (
-                jnp.issubdtype(x.dtype, jnp.inexact)
-                and not np.isfinite(np.asarray(x, np.result_type(x, np.float32))).all()
-            ):
+            wide = np.promote_types(x.dtype, np.float32)
+            if jnp.issubdtype(x.dtype, jnp.inexact) and not np.isfinite(np.asarray(x, wide)).all():
                 raise ValueError(
-                    f"{self.folder}: step {step} was not saved, because factors are not finite, {name!r} first: "
-                    "training has diverged; run again, to go on from the checkpoint before, with a smaller learning rate"
+                    f"{self.folder}: step {step} was not saved, because its factors are not finite, {name!r} first: "
+                    "training has diverged; go on from the one before, with a smaller learning rate"
                 )
 
     def _adapters(self, state: Any) -> LoraParams:

@@ -36,7 +36,8 @@ def fit(
       frozen: What `split` returned first.
       data: Batches, one for each step. Of an iterator with `get_state` and `set_state`, as grain's are, the state is
         saved and restored; of any other, as many batches are passed over as steps were taken.
-      steps: How many steps in all, those before an interruption included.
+      steps: How many steps in all, those before an interruption included; a state that has taken them is returned as it
+        is.
       hooks: Called in turn after each step, `hook(step, state, metrics)`. What they return joins the metrics that the
         next ones see; where it has "stop": True, training ends. The state is valid until the next step. Those that
         have `get_state` and `set_state`, of something that JSON can say, resume too.
