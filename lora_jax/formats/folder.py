@@ -41,7 +41,9 @@ def opened(
         create=False,  # it is there; orbax makes none for named processes
         save_root_metadata=False,
         multiprocessing_options=processes,
-        async_options=ocp.options.AsyncOptions(post_finalization_callback=seal),
+        async_options=ocp.options.AsyncOptions(  # what folders wait for is told apart by a counter of all savers'
+            post_finalization_callback=seal, create_directories_asynchronously=False
+        ),
     )
     handlers = {
         "adapter": ocp.StandardCheckpointHandler(multiprocessing_options=processes),
