@@ -198,10 +198,16 @@ def test_the_one_before_is_used_and_what_is_damaged_is_put_aside(folder, caplog)
     (shutil.copytree(folder / "2", folder / "5") / manifest.NAME).unlink()
     shutil.copytree(folder / "2" / "adapter", folder / "6.orbax-checkpoint-tmp" / "adapter.orbax-checkpoint-tmp")
     (folder / "7").write_text("a file")
+    (folder / "8" / manifest.NAME).mkdir(parents=True)
     before = {path for path in listed(folder) if path.parts[0] in ("2", "damaged-3", "7")}
     with caplog.at_level(logging.WARNING, "lora_jax"):
         chex.assert_trees_all_equal(run(folder, keep_last=10), undisturbed())
-    for step, cause in ((3, "rest/.* is not as it was"), (4, "is missing"), (5, "written last, is missing")):
+    for step, cause in (
+        (3, "rest/.* is not as it was"),
+        (4, "is missing"),
+        (5, "written last, is missing"),
+        (8, "cannot be read"),
+    ):
         (message,) = [each for each in caplog.messages if each.startswith(str(folder / str(step)))]
         assert re.search(rf"{cause}.*: going on from step 2", message)
     assert listed(folder) >= before | {Path("damaged-3-1/rest"), Path("damaged-4"), Path("damaged-5/adapter")}
