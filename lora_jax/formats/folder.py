@@ -85,9 +85,8 @@ def not_written(place: Path, error: Exception) -> OSError:
     number = int(code[1]) if code else getattr(error, "errno", None) or 0
     cause = os.strerror(number) if number else error
     remedy = atomic.REMEDIES.get(number, "see to the cause")
-    return OSError(
-        number, f"{place}: not written ({cause}): {remedy}, and run again, to go on from the checkpoints before it"
-    )
+    message = f"{place}: not written ({cause}): {remedy}, and run again, to go on from the checkpoints before it"
+    return OSError(number, message) if number else OSError(message)
 
 
 def before_exit(close: Callable[[], Callable[[], None] | None]) -> None:
