@@ -6,6 +6,7 @@ With all 100 kills it writes a log, kills_PYTHON.json, beside this file.
 import argparse
 import collections
 import concurrent.futures
+import itertools
 import json
 import os
 import platform
@@ -61,8 +62,11 @@ def measure(folder, number, seed):
             print(f"run {i}: {len(found)} kills, {time.time() - start:.0f} s", flush=True)
         return found
 
+    kills, runs = [], itertools.count()
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        kills = [kill for found in pool.map(killed_run, range(10 * number)) for kill in found]
+        while len(kills) < number:  # a run may end before its kill, when no other is left to take that
+            found = pool.map(killed_run, itertools.islice(runs, number))
+            kills += [kill for its in found for kill in its]
     phases = collections.Counter(kill["phase"] for kill in kills)
     summary = {
         "kills": len(kills),
