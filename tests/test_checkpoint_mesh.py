@@ -180,7 +180,7 @@ def stops(run, folder):
 
 
 def test_a_checkpoint_of_four_processes_goes_on_with_two_and_with_one(tmp_path):
-    processes.run(tmp_path, 4, __file__, str(tmp_path), "four")
+    processes.run(tmp_path, 4, __file__, str(tmp_path), "four", environment=processes.slurm)
     assert {path.name for path in (tmp_path / "damaged").iterdir()} == {"2", "3", "damaged-3"}
     processes.run(tmp_path, 2, __file__, str(tmp_path), "two")
     run = Run(Mesh(np.reshape(jax.devices(), (4, 2)), ("fsdp", "tp")))

@@ -104,17 +104,13 @@ def one_device(name):
     return found(PARAMS, BATCH, VARIANTS[name])
 
 
-@pytest.mark.parametrize(
-    "count, environment, names",
-    [(2, processes.variables, ["LoRA", "DoRA"]), (4, processes.slurm, ["DoRA"])],
-    ids=["2", "4"],
-)
-def test_several_processes_train_as_one(count, environment, names, tmp_path):
-    processes.run(tmp_path, count, __file__, str(tmp_path), *names, environment=environment)
-    for name in names:
+def test_two_processes_train_as_one(tmp_path):
+    """Four are those of tests/test_checkpoint_mesh.py."""
+    processes.run(tmp_path, 2, __file__, str(tmp_path), *VARIANTS)
+    for name in VARIANTS:
         after, losses, summary, merged, _ = one_device(name)
         assert losses[-1] < 0.97 * losses[0]
-        for i in range(count):
+        for i in range(2):
             its = np.load(tmp_path / f"{name}_{i}.npz")
             np.testing.assert_allclose(its["losses"], losses, rtol=0, atol=1e-5)
             assert str(its["summary"]) == summary
