@@ -63,7 +63,7 @@ def interruptions() -> Iterator[Callable[[int], int | None]]:
         return None if several or not came else came[0]
 
     for number in numbers:
-        before[number] = signal.signal(number, note)
+        before[number] = signal.signal(number, note) or signal.SIG_DFL  # None: a handler that Python cannot set again
     try:
         yield asked
     finally:
