@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import signal
 
 import grain
 import jax
@@ -16,6 +17,7 @@ from checks import equations, error, normal, randomized
 import lora_jax as lora
 from lora_jax import training
 from lora_jax.formats.orbax import Checkpoints
+from lora_jax.training.interruption import interruptions
 
 pytestmark = pytest.mark.standard_promotion  # Adam's
 
@@ -288,6 +290,17 @@ def test_an_iterator_stands_where_the_state_does_and_metrics_stay_as_a_hook_saw_
         training.fit(made(), created(), FROZEN, BATCHES, steps=1, hooks=[lambda *_: "no"])
 
 
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interruptions() as asked:
+            signal.raise_signal(signal.SIGINT)
+            assert asked(1) is None
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_early_stopping_resumes(tmp_path):
     losses = [3.0, 2.0, 2.5, float("nan"), 1.5, 1.9, 1.8, 1.7, 1.6]
 
@@ -340,7 +353,7 @@ def test_grain_s_iterators_go_on_where_they_were(data, tmp_path):
 
 
 def test_the_data_ends_too_early():
-    with pytest.raises(ValueError, match="the data ended after 6 of 7 steps: repeat it, or take fewer"):
+    with pytest.raises(ValueError, match="the data ended after 6 of 7 steps: take fewer, or repeat the data"):
         training.fit(made(), created(), FROZEN, BATCHES, steps=7)
 
 

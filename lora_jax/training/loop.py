@@ -77,7 +77,10 @@ def fit(
             try:
                 batch = next(source)
             except StopIteration:
-                raise ValueError(f"the data ended after {done} of {steps} steps: repeat it, or take fewer") from None
+                raise ValueError(
+                    f"the data ended after {done} of {steps} steps: take fewer, or repeat the data, epoch after epoch: "
+                    "itertools.chain.from_iterable(itertools.repeat(data))"  # cycle would keep all, in one order
+                ) from None
             state, found = step(state, frozen, batch)
             metrics, done = {**found}, done + 1
             for hook in hooks:
