@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import signal
 
 import grain
 import jax
@@ -16,6 +17,7 @@ from checks import equations, error, normal, randomized
 import lora_jax as lora
 from lora_jax import training
 from lora_jax.formats.orbax import Checkpoints
+from lora_jax.training.interruption import interruptions
 
 pytestmark = pytest.mark.standard_promotion  # Adam's
 
@@ -154,6 +156,23 @@ def test_parts_add_up_to_the_whole_batch():
     assert error(found, expected) > 1e-3 < error(plainly.lora_params, whole.lora_params)
 
 
+def test_a_part_without_tokens_and_sums_beyond_float16_do_no_harm():
+    """The loss of no tokens is 0/0; and float16 ends at 65,504, which neither a weight nor a square need keep to."""
+    tx, mask = lora.optimizer(optax.sgd(1.0)), np.ones((B, T), np.float32)
+    mask[1::2] = 0.0  # every second example, thus one part of two
+    half = jax.tree.map(jnp.float16, LORA_PARAMS)
+    options = {"weight": lambda part: 1e5 * tokens(part), "accumulate": 2, "clip_norm": 1e-2}
+    step = training.make_step(lambda params, batch: 1000 * loss_fn(params, batch), tx, **options)
+    expected, (metrics,) = ran(step, [batch(0, mask)], created(tx=tx))
+    found, _ = ran(step, [batch(0, mask)], created(half, tx))
+    assert metrics["grad_norm"] > 256  # whose square is beyond
+    moved = [jax.tree.map(lambda a, b: jnp.float32(a) - b, x.lora_params, LORA_PARAMS) for x in (expected, found)]
+    assert optax.tree.norm(moved[0]) == pytest.approx(1e-2, rel=1e-3)
+    assert error(*moved) < 0.1
+    evaluated = training.evaluate(loss_fn, FROZEN, LORA_PARAMS, [batch(0), batch(1, 0 * mask)], weight=tokens)
+    assert evaluated == training.evaluate(loss_fn, FROZEN, LORA_PARAMS, [batch(0)])
+
+
 def test_bfloat16_is_for_what_is_computed_and_a_base_that_has_it_is_not_copied():
     step = training.make_step(loss_fn, TX, dtype=jnp.bfloat16)
     for frozen, casts in ((FROZEN, True), (jax.tree.map(jnp.bfloat16, FROZEN), False)):
@@ -212,6 +231,10 @@ def test_evaluation_counts_by_weight_compiles_once_and_drops_nothing():
         found = training.evaluate(measured, FROZEN, lora_params, iter(unequal), weight=tokens)
         assert found == {"error": pytest.approx(expected(lora_params), rel=1e-5), "one": 1.0}
     assert len(TRACES) == before
+    aux = training.evaluate(lambda *args: (jnp.float32(2), measured(*args)), FROZEN, dropped, unequal[:1])
+    assert aux.keys() == {"loss", "error", "one"} and aux["loss"] == 2
+    with pytest.raises(ValueError, match=r"fun returns a scalar, .* not float32\[8, 64\]"):
+        training.evaluate(errors, FROZEN, dropped, unequal)
     with pytest.raises(ValueError, match="there are no batches"):
         training.evaluate(measured, FROZEN, lora_params, [])
 
@@ -247,6 +270,35 @@ def test_fit_compiles_once_calls_hooks_in_turn_and_goes_on(tmp_path):
     assert [(a, b) for a, b, _ in seen] == [(i, i) for i in range(1, 13)]
     assert [names for _, _, names in seen[:2]] == [["grad_norm", "loss"], ["eval_loss", "grad_norm", "loss"]]
     assert [line.partition(":")[0] for line in said] == ["step 4", "step 8", "step 12"] and "eval_loss 1" in said[0]
+
+
+def test_an_iterator_stands_where_the_state_does_and_metrics_stay_as_a_hook_saw_them(tmp_path):
+    taken, history = itertools.count(), []
+    data = (BATCHES[next(taken) % 6] for _ in iter(int, 1))
+    hooks = [lambda step, state, metrics: history.append(metrics), lambda *_: {"later": 1.0}]
+    whole, _ = ran(made(), BATCHES, created())
+    state = created()
+    for steps in (3, 6):  # with one iterator
+        state = training.fit(made(), state, FROZEN, data, steps=steps, hooks=hooks)
+    assert error(state.lora_params, whole.lora_params) == 0 and next(taken) == 6
+    assert [{*metrics} for metrics in history] == [{"loss", "grad_norm"}] * 6
+    with Checkpoints(tmp_path, FROZEN) as checkpoints:
+        training.fit(made(), created(), FROZEN, BATCHES, steps=2, checkpoints=checkpoints)
+        with pytest.raises(ValueError, match="newest checkpoint is of step 2, and the state has taken 6 already"):
+            training.fit(made(), state, FROZEN, 2 * BATCHES, steps=8, checkpoints=checkpoints)
+    with pytest.raises(TypeError, match="returned 'no': hooks return metrics"):
+        training.fit(made(), created(), FROZEN, BATCHES, steps=1, hooks=[lambda *_: "no"])
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interruptions() as asked:
+            signal.raise_signal(signal.SIGINT)
+            assert asked(1) is None
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_early_stopping_resumes(tmp_path):
@@ -301,7 +353,7 @@ def test_grain_s_iterators_go_on_where_they_were(data, tmp_path):
 
 
 def test_the_data_ends_too_early():
-    with pytest.raises(ValueError, match="the data ended after 6 of 7 steps: repeat it, or take fewer"):
+    with pytest.raises(ValueError, match="the data ended after 6 of 7 steps: take fewer, or repeat the data"):
         training.fit(made(), created(), FROZEN, BATCHES, steps=7)
 
 
@@ -319,9 +371,12 @@ def test_the_data_ends_too_early():
         ({"loss_fn": errors}, r"has_aux=False\): loss_fn returns a scalar.* this one returns float32\[8, 64\]"),
         ({"loss_fn": lambda *args: (loss_fn(*args), {})}, r"a scalar, or with has_aux=True \(loss, metrics\)"),
         ({"loss_fn": lambda *args: (loss_fn(*args), {"x": args[1]["x"]}), "has_aux": True}, "a dict of scalars"),
+        ({"loss_fn": lambda *args: jnp.int32(loss_fn(*args))}, r"int32\[\], which has no gradient"),
+        ({"loss_fn": lambda *args: (loss_fn(*args), {"stop": 1.0}), "has_aux": True}, r"have \['stop'\]"),
+        ({"loss_fn": lambda *args: (loss_fn(*args), {"name": "x"}), "has_aux": True}, "a dict of scalars; .* 'str'"),
         (
             {"loss_fn": lambda *args: (loss_fn(*args), {"loss": 1.0}), "has_aux": True},
-            r"have \['loss'\], which the step",
+            r"have \['loss'\], which the harness says",
         ),
     ],
 )

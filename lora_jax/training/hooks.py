@@ -56,20 +56,20 @@ class EarlyStopping:
     [None, None, None, {'stop': True}]
     """
 
-    def __init__(self, metric: str = "eval_loss", *, mode: str = "min", patience: int = 3, least: float = 0.0):
+    def __init__(self, metric: str = "eval_loss", *, mode: str = "min", patience: int = 3, min_delta: float = 0.0):
         """A hook.
 
         Args:
           metric: Which one; steps whose metrics lack it do not count. One that is not finite is not better.
           mode: Whether the "min" or the "max" is best.
           patience: How many in a row may be no better before it stops.
-          least: By how much one has to be better to count as better.
+          min_delta: By how much one has to be better to count as better.
         """
         if mode not in ("min", "max"):
             raise ValueError(f"EarlyStopping(mode={mode!r}): mode is 'min' or 'max'")
         if patience < 1:
             raise ValueError(f"EarlyStopping(patience={patience}): it waits for one evaluation at least")
-        self.metric, self.sign, self.patience, self.least = metric, 1 if mode == "min" else -1, patience, least
+        self.metric, self.sign, self.patience, self.min_delta = metric, 1 if mode == "min" else -1, patience, min_delta
         self.best, self.waited = math.inf, 0
 
     def __call__(self, step: int, state: Any, metrics: Mapping[str, Any]) -> dict[str, bool] | None:
@@ -77,7 +77,7 @@ class EarlyStopping:
         if self.metric not in metrics:
             return None
         value = self.sign * float(metrics[self.metric])
-        better = math.isfinite(value) and value < self.best - self.least
+        better = math.isfinite(value) and value < self.best - self.min_delta
         self.best, self.waited = (value, 0) if better else (self.best, self.waited + 1)
         return {"stop": True} if self.waited >= self.patience else None
 

@@ -34,7 +34,8 @@ class Interrupted(SystemExit):
 @contextlib.contextmanager
 def interruptions() -> Iterator[Callable[[int], int | None]]:
     """While it is open, SIGTERM and SIGINT are noted; a second one does what it did before. So does one that came
-    after the loop had asked for the last time, once this is closed.
+    after the loop had asked for the last time, once this is closed. One that is ignored stays so, as a shell has SIGINT
+    for what runs in the background.
 
     Several processes stop after the same step: JAX's runtime agrees on one, of which each is asked at every step.
 
@@ -48,6 +49,7 @@ def interruptions() -> Iterator[Callable[[int], int | None]]:
     came: list[int] = []
     several = jax.process_count() > 1
     numbers = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
+    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
     before: dict[int, Any] = {}
 
     def note(number: int, frame: Any) -> None:
@@ -63,7 +65,7 @@ def interruptions() -> Iterator[Callable[[int], int | None]]:
         return None if several or not came else came[0]
 
     for number in numbers:
-        before[number] = signal.signal(number, note)
+        before[number] = signal.signal(number, note) or signal.SIG_DFL  # None: a handler that Python cannot set again
     try:
         yield asked
     finally:

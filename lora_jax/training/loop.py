@@ -33,9 +33,11 @@ def fit(
     Args:
       step: As of `make_step`.
       state: As of `State.create`. It is donated to the first step.
-      frozen: What `split` returned first.
+      frozen: What `split` returned first, of arrays alone: what else a tree has, as an Equinox module has functions,
+        `eqx.partition` sets apart before `split`.
       data: Batches, one for each step. Of an iterator with `get_state` and `set_state`, as grain's are, the state is
-        saved and restored; of any other, as many batches are passed over as steps were taken.
+        saved and restored. Of any other iterable, as many batches are passed over as steps were taken; of an iterator,
+        which stands at the batch after those that `state` has seen, as many as a checkpoint has taken more.
       steps: How many steps in all, those before an interruption included; a state that has taken them is returned as it
         is.
       hooks: Called in turn after each step, `hook(step, state, metrics)`. What they return joins the metrics that the
@@ -48,16 +50,25 @@ def fit(
       The state after the last step.
 
     Raises:
-      ValueError: The data ends before the last step; or what is saved is not of this base, rules or optimizer.
+      TypeError: A hook returns something else.
+      ValueError: The data ends before the last step; or what is saved is not of this base, rules or optimizer, or is
+        older than `state`.
       Interrupted: A SystemExit, after SIGTERM or Ctrl-C; it has told on stderr how to resume.
     """
-    source, done, stop = iter(data), int(state.step), False
+    source, stop = iter(data), False
+    given = done = int(state.step)
     resumable = [x for x in (source, *hooks) if hasattr(x, "get_state") and hasattr(x, "set_state")]
     if checkpoints and (restored := checkpoints.read(state)):
+        if restored.step < given:
+            raise ValueError(
+                f"{checkpoints.folder}: its newest checkpoint is of step {restored.step}, and the state has taken "
+                f"{given} already: give State.create's, to go on from the checkpoint, or another folder to save this in"
+            )
         state, done = restored.state, restored.step
         stop = _resume(resumable, restored.position, f"{checkpoints.folder}: step {done}")
     if not hasattr(source, "set_state"):
-        collections.deque(itertools.islice(source, done), maxlen=0)  # passed over
+        seen = done - given if source is data else done
+        collections.deque(itertools.islice(source, seen), maxlen=0)  # passed over
     with contextlib.ExitStack() as last:
         asked = last.enter_context(interruptions()) if checkpoints else lambda step: None
         if checkpoints:
@@ -66,11 +77,14 @@ def fit(
             try:
                 batch = next(source)
             except StopIteration:
-                raise ValueError(f"the data ended after {done} of {steps} steps: repeat it, or take fewer") from None
-            state, metrics = step(state, frozen, batch)
-            done += 1
+                raise ValueError(
+                    f"the data ended after {done} of {steps} steps: take fewer, or repeat the data, epoch after epoch: "
+                    "itertools.chain.from_iterable(itertools.repeat(data))"  # cycle would keep all, in one order
+                ) from None
+            state, found = step(state, frozen, batch)
+            metrics, done = {**found}, done + 1
             for hook in hooks:
-                metrics |= hook(done, state, metrics) or {}
+                metrics = {**metrics, **_found(hook, hook(done, state, metrics))}
             stop, number = bool(metrics.pop("stop", False)), asked(done)
             if checkpoints and (number or stop or done == steps or done % checkpoints.every == 0):
                 position = {"stop": stop, "states": [_state_of(x) for x in resumable]}
@@ -79,6 +93,12 @@ def fit(
                 checkpoints.wait()
                 raise Interrupted(number, done, checkpoints.folder)
     return state
+
+
+def _found(hook: Hook, its: Any) -> Mapping[str, Any]:
+    if isinstance(its, Mapping | None):
+        return its or {}
+    raise TypeError(f"the hook {hook} returned {its!r}: hooks return metrics, a dict from name to scalar, or None")
 
 
 def _resume(resumable: Sequence[Any], position: Any, where: str) -> bool:

@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lora_jax.adapters import attach, dropout
 from lora_jax.lift import lift
 from lora_jax.recipes import accumulated
 from lora_jax.training.state import State
+from lora_jax.tree import is_array
 
 Metrics = dict[str, Any]  # scalars by name
 
@@ -39,10 +41,11 @@ def make_step(
       needs_key: Whether `loss_fn` takes a PRNG key as a third argument.
       accumulate: How many parts the batch is taken in, one after another; see `recipes.accumulated`.
       weight: `weight(part)`, what a part of the batch counts by, such as its number of tokens, where `loss_fn` divides
-        by that; None where all parts count alike.
+        by that; a part of weight 0 counts for nothing, even if its loss is 0/0. None where all parts count alike.
       clip_norm: The most that the norm of all gradients together may be; they are scaled down to it.
       dtype: What to compute in, such as `jnp.bfloat16`: floating arrays of the base and of the batch are cast to it.
-        Factors, their gradients and the optimizer keep their own. A base that has it already is not copied.
+        Factors, their gradients and the optimizer keep their own; parts are summed, and norms taken, in float32 at
+        least. A base that has it already is not copied.
       shardings: How the state lies on a mesh, as of `lora.shardings(state, frozen)`, so that it stays so.
 
     Returns:
@@ -68,7 +71,6 @@ def make_step(
         raise ValueError(f"make_step(dtype={dtype!r}): what it computes in is a floating dtype, such as 'bfloat16'")
     if not isinstance(shardings, State | jax.sharding.Sharding | None):
         raise ValueError("make_step(shardings=...): they are of a State, as lora.shardings(state, frozen) gives them")
-    clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
     lifted = lift(loss_fn)
 
     def value_and_grad(lora_params: Any, part: Any, frozen: Any) -> Any:
@@ -80,17 +82,17 @@ def make_step(
             return _scalars(lifted(params, _cast(batch, dtype), *([own[1]] if needs_key else [])), has_aux)
 
         (loss, aux), grads = jax.value_and_grad(objective, has_aux=True)(lora_params)
-        counts = counted(weight, batch)
-        return counts, jax.tree.map(lambda x: x * counts.astype(x.dtype), ({"loss": loss, **aux}, grads))
+        return weighted(weight, batch, ({"loss": loss, **aux}, grads))
 
     def step(state: State, frozen: Any, batch: Any) -> tuple[State, Metrics]:
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), accumulate)
         whole = value_and_grad if accumulate == 1 else accumulated(value_and_grad, accumulate)
         counts, means = whole(state.lora_params, {"batch": batch, "key": keys}, frozen)
         metrics, grads = jax.tree.map(lambda x: x / counts.astype(x.dtype), means)
-        metrics["grad_norm"] = optax.tree.norm(jax.tree.map(jnp.float32, grads))
-        grads, _ = clip.update(grads, optax.EmptyState())
+        metrics["grad_norm"] = norm = optax.tree.norm(jax.tree.map(jnp.float32, grads))
+        scale = jnp.float32(1) if clip_norm is None else jnp.minimum(1, clip_norm / norm)
         lora_params: Any = state.lora_params
+        grads = jax.tree.map(lambda x, like: (x * scale.astype(x.dtype)).astype(like.dtype), grads, lora_params)
         updates, opt_state = tx.update(grads, state.opt_state, lora_params)
         lora_params = optax.apply_updates(lora_params, updates)
         return State(state.step + 1, lora_params, opt_state, state.key), metrics
@@ -108,22 +110,44 @@ def _scalars(found: Any, has_aux: bool) -> tuple[jax.Array, Metrics]:
     """What a loss function returned, in float32."""
     paired = isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)
     loss, aux = found if has_aux and paired else (found, {})
-    scalars = [loss, *aux.values()]
-    if has_aux > paired or not (jax.tree_util.all_leaves(scalars) and all(jnp.ndim(x) == 0 for x in scalars)):
+    if has_aux > paired or not all(map(is_scalar, (loss, *aux.values()))):
         forms = {
             False: "a scalar, or with has_aux=True (loss, metrics)",
             True: "(loss, metrics), the latter a dict of scalars",
         }
-        shapes = jax.tree.map(lambda x: f"{jnp.result_type(x)}{[*jnp.shape(x)]}", found)
-        raise ValueError(f"make_step(has_aux={has_aux}): loss_fn returns {forms[has_aux]}; this one returns {shapes}")
-    if taken := {"loss", "grad_norm"} & {*aux}:
-        raise ValueError(f"loss_fn's metrics have {sorted(taken)}, which the step adds itself: give them other names")
+        raise ValueError(
+            f"make_step(has_aux={has_aux}): loss_fn returns {forms[has_aux]}; this one returns {shapes(found)}"
+        )
+    if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+        raise ValueError(f"loss_fn returns {shapes(loss)}, which has no gradient: return a loss of floating dtype")
+    if taken := {"loss", "grad_norm", "stop"} & {*aux}:
+        raise ValueError(
+            f"loss_fn's metrics have {sorted(taken)}, which the harness says itself: give them other names"
+        )
     return jnp.float32(loss), {name: jnp.float32(x) for name, x in aux.items()}
 
 
-def counted(weight: Callable[[Any], Any] | None, batch: Any) -> jax.Array:
-    """What a batch counts by in a mean, a float32 scalar."""
+def is_scalar(x: Any) -> bool:
+    """Whether a metric is one number."""
+    return isinstance(x, int | float) or (is_array(x) and x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.generic))
+
+
+def shapes(found: Any) -> Any:
+    """What a function returned, for an error."""
+    return jax.tree.map(lambda x: f"{x.dtype}{[*x.shape]}" if is_array(x) else type(x).__name__, found)
+
+
+def weighted(weight: Callable[[Any], Any] | None, batch: Any, means: Any) -> tuple[jax.Array, Any]:
+    """What a batch counts by in a mean of several, a float32 scalar, and its own means times that.
+
+    In float32 at least: float16 has no numbers above 65,504, and bfloat16 sums to 256 ones alone.
+    """
     counts = jnp.float32(1 if weight is None else weight(batch))
     if counts.ndim:
         raise ValueError(f"weight(batch) is one number, such as a mask's sum, and this one has shape {counts.shape}")
-    return counts
+
+    def product(x: jax.Array) -> jax.Array:
+        wide = x.astype(np.promote_types(x.dtype, np.float32))
+        return jnp.where(counts == 0, 0, wide * counts.astype(wide.dtype))  # a mean over nothing is 0/0
+
+    return counts, jax.tree.map(product, means)
