@@ -1,14 +1,9 @@
-"""A run that is stopped, killed, or finds its newest checkpoint damaged ends with the undisturbed run's bits."""
+"""A run that is stopped or killed goes on, and ends with the undisturbed run's bits."""
 
 from __future__ import annotations
 
-import functools
-import itertools
-import logging
-import re
 import resource
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,50 +11,19 @@ import threading
 from pathlib import Path
 
 import chex
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 import pytest
+from tiny_run import BATCHES, FROZEN, STEP, listed, run, state, undisturbed
 
-import lora_jax as lora
 from lora_jax import training
 from lora_jax.formats import manifest
 from lora_jax.formats.orbax import Checkpoints
 
-pytestmark = pytest.mark.standard_promotion
-
-STEPS = 6
-BATCHES = np.random.default_rng(0).normal(size=(STEPS, 4, 256)).astype("f")
-FROZEN, LORA_PARAMS = lora.split(jax.random.key(0), {"w": jnp.ones((256, 128))}, {"w": lora.LoRA(2, dropout=0.5)})
-TX = lora.optimizer(optax.adam(1e-2))
-STEP = training.make_step(lambda params, x: jnp.mean((x @ params["w"]) ** 2), TX, clip_norm=1.0)
-
-
-def state(lora_params=LORA_PARAMS, tx=TX):
-    return training.State.create(jax.random.key(1), lora_params, tx)
-
-
-def run(folder, steps=STEPS, hooks=(), **options):
-    """The adapters of a run that goes on from what is in a folder."""
-    with Checkpoints(folder, FROZEN, **{"every": 1, "keep_last": 3, **options}) as checkpoints:
-        return training.fit(
-            STEP, state(), FROZEN, BATCHES, steps=steps, hooks=hooks, checkpoints=checkpoints
-        ).lora_params
-
-
-@functools.cache
-def undisturbed():
-    return training.fit(STEP, state(), FROZEN, BATCHES, steps=STEPS).lora_params
+pytestmark = pytest.mark.standard_promotion  # Adam's
 
 
 def at(step, action):
     """A hook that acts after one step."""
     return lambda done, *_: (action(), None)[1] if done == step else None
-
-
-def listed(folder):
-    return {path.relative_to(folder) for path in folder.rglob("*")}
 
 
 # Stopped
@@ -149,142 +113,6 @@ def test_a_process_that_is_killed_while_it_saves(tmp_path):
     assert listed(tmp_path) == left  # another process may be writing it
     chex.assert_trees_all_equal(run(tmp_path), undisturbed())
     assert manifest.steps(tmp_path) == [4, 5, 6] and not [*tmp_path.glob("*tmp*")]
-
-
-# Damaged
-
-
-@functools.cache
-def saved(folder):
-    run(folder, 3)
-    return folder
-
-
-@pytest.fixture
-def folder(tmp_path_factory):
-    """Checkpoints of steps 1, 2 and 3."""
-    return shutil.copytree(saved(tmp_path_factory.getbasetemp() / "saved"), tmp_path_factory.mktemp("run") / "run")
-
-
-def cut(file):
-    file.write_bytes(file.read_bytes()[:-1])
-
-
-def flip(file):
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-def test_damage_to_any_file_is_found(folder):
-    files = [file for file in (folder / "3").rglob("*") if file.is_file()]
-    harmless = {"_CHECKPOINT_METADATA", "commit_success.txt"}  # orbax restores without them, as follows
-    assert {file.name for file in files} >= {manifest.NAME, *harmless, "process_0.json", "manifest.ocdbt"}
-    for file, damage in itertools.product(files, (cut, flip, Path.unlink)):
-        content = file.read_bytes()
-        damage(file)
-        assert manifest.newest(folder)[0] == (3 if file.name in harmless else 2), (file, damage)
-        file.write_bytes(content)
-    for file in files:
-        if file.name in harmless:
-            file.unlink()
-    chex.assert_trees_all_equal(run(folder), undisturbed())
-
-
-def test_the_one_before_is_used_and_what_is_damaged_is_put_aside(folder, caplog):
-    flip(next((folder / "3" / "rest").glob("**/d/*")))
-    for name in ("4", "damaged-3"):
-        (folder / name).mkdir()
-    (shutil.copytree(folder / "2", folder / "5") / manifest.NAME).unlink()
-    shutil.copytree(folder / "2" / "adapter", folder / "6.orbax-checkpoint-tmp" / "adapter.orbax-checkpoint-tmp")
-    (folder / "7").write_text("a file")
-    before = {path for path in listed(folder) if path.parts[0] in ("2", "damaged-3", "7")}
-    with caplog.at_level(logging.WARNING, "lora_jax"):
-        chex.assert_trees_all_equal(run(folder, keep_last=10), undisturbed())
-    for step, cause in ((3, "rest/.* is not as it was"), (4, "is missing"), (5, "written last, is missing")):
-        (message,) = [each for each in caplog.messages if each.startswith(str(folder / str(step)))]
-        assert re.search(rf"{cause}.*: going on from step 2", message)
-    assert listed(folder) >= before | {Path("damaged-3-1/rest"), Path("damaged-4"), Path("damaged-5/adapter")}
-    assert manifest.steps(folder) == [1, 2, 3, 4, 5, 6]
-
-
-def test_where_all_are_damaged(folder):
-    for step in (1, 2, 3):
-        cut(folder / str(step) / manifest.NAME)
-    before = listed(folder)
-    with pytest.raises(ValueError, match=rf"{folder}: no checkpoint is intact \(step 3: .*step 1: .*start in another"):
-        run(folder)
-    assert listed(folder) == before
-
-
-# What does not fit
-
-
-def changed(folder, change):
-    """A manifest with something else in it, and with its sum."""
-    about = manifest.read(folder)
-    change(about)
-    manifest.write(folder, {name: x for name, x in about.items() if name != "files"})
-
-
-OTHERS = {
-    "base": (lambda: ({"w": FROZEN["w"] + 1}, state()), r"another base.*'w': the same float32\[256,128\] with other"),
-    "rules": (lambda: split("w", lora.LoRA(2)), r"its adapters do not fit .*dropout.*: split by the rules"),
-    "rank": (lambda: split("w", lora.LoRA(3, dropout=0.5)), r"its adapters do not fit .*rank' was 2 and is 3"),
-    "optimizer": (
-        lambda: (FROZEN, state(tx=lora.optimizer(optax.sgd(0.1)))),
-        r"its arrays beside the adapters do not fit .*take the optimizer that it was made with",
-    ),
-    "version": (
-        lambda: (FROZEN, state()),
-        r"3: format 2, and this version reads format 1: update lora_jax",
-    ),
-}
-
-
-def split(path, variant):
-    frozen, lora_params = lora.split(jax.random.key(0), {"w": jnp.ones((256, 128))}, {path: variant})
-    return frozen, state(lora_params)
-
-
-@pytest.mark.parametrize("case", OTHERS)
-def test_a_checkpoint_of_another(case, folder):
-    made, message = OTHERS[case]
-    frozen, like = made()
-    if case == "version":
-        changed(folder / "3", lambda about: about.update(format=2))
-    before = listed(folder)
-    with Checkpoints(folder, frozen) as checkpoints, pytest.raises(ValueError, match=message):
-        checkpoints.read(like)
-    assert listed(folder) == before
-    assert not any(x.is_deleted() for x in jax.tree.leaves(like))
-
-
-# What is in it
-
-
-def test_no_base_weights(tmp_path):
-    """As in a TrainState that has them beside the adapters."""
-    tree = {"params": {"base": FROZEN, "lora": LORA_PARAMS}, "opt_state": TX.init(LORA_PARAMS), "step": 3}
-    with Checkpoints(tmp_path, FROZEN, lora_params=lambda tree: tree["params"]["lora"]) as checkpoints:
-        checkpoints.save(3, tree)
-        checkpoints.wait()
-        assert sum(path.stat().st_size for path in tmp_path.rglob("*")) < FROZEN["w"].nbytes
-        other = {**tree, "opt_state": jax.tree.map(jnp.zeros_like, tree["opt_state"]), "step": 0}
-        found = checkpoints.restore(other)
-        chex.assert_trees_all_equal(found, tree)
-        assert found["params"]["base"]["w"] is FROZEN["w"]
-        with pytest.raises(ValueError, match="has the base's 'w' at 'ema/w', and checkpoints hold no base weights"):
-            checkpoints.save(4, {**tree, "ema": {"w": FROZEN["w"] * 2, "more": 0}})
-
-
-def test_a_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file" / "runs"):
-        with pytest.raises(OSError, match=rf"{folder}: no folder for checkpoints can be made there .*: give one"):
-            Checkpoints(folder, FROZEN)
-    with Checkpoints(tmp_path / "a" / "b", FROZEN) as checkpoints:
-        assert checkpoints.read(state()) is None
 
 
 if __name__ == "__main__":

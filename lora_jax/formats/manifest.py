@@ -91,7 +91,7 @@ def read(folder: Path, files: bool = True) -> dict[str, Any]:
         whole = held["sum"] == _sum(json.dumps(manifest, sort_keys=True).encode())
     except FileNotFoundError as error:
         raise DamagedError(f"{NAME}, which is written last, is missing") from error
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise DamagedError(f"{NAME} cannot be read ({type(error).__name__}: {error})") from error
     if not whole:
         raise DamagedError(f"{NAME} is not as it was written")
@@ -99,7 +99,10 @@ def read(folder: Path, files: bool = True) -> dict[str, Any]:
         raise ValueError(
             f"{folder}: format {manifest['format']}, and this version reads format {FORMAT}: update lora_jax"
         )
-    found = _sums(folder) if files else manifest["files"]
+    try:
+        found = _sums(folder) if files else manifest["files"]
+    except OSError as error:  # of the disk's, say
+        raise DamagedError(f"{error.filename or folder} cannot be read ({error.strerror})") from error
     for name, its in manifest["files"].items():
         if found.get(name) != its:
             raise DamagedError(f"{name} is {'not as it was written' if name in found else 'missing'}")
