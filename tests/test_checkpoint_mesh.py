@@ -245,6 +245,24 @@ def test_a_checkpoint_holds_factors_moments_and_scalars_alone(tmp_path):
     assert size < sum(x.nbytes for x in arrays) + 1024 * len(arrays)
 
 
+def test_two_folders_at_a_time_and_arrays_here_and_there(tmp_path):
+    frozen, state = shared_and_keyed()
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    places = dict(zip("abc", [NamedSharding(mesh, P("fsdp")), jax.devices()[3], None], strict=True))
+    state = {"state": state, "host": np.arange(8.0)} | {n: jax.device_put(jnp.ones(8), x) for n, x in places.items()}
+    first, second = (
+        orbax.Checkpoints(tmp_path / name, frozen, lora_params=lambda state: state["state"].lora_params)
+        for name in ("first", "second")
+    )
+    with first, second:
+        for step in range(2):
+            first.save(step, state), second.save(step, state)
+        state["host"][:] = 0
+        for found in (first.restore(state), second.restore(state)):
+            np.testing.assert_array_equal(found["host"], np.arange(8.0))
+            assert [found[name].sharding for name in places] == [state[name].sharding for name in places]
+
+
 def is_key(x):
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 

@@ -93,7 +93,9 @@ def killed(folder):
     run(folder, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    with pytest.raises(OSError, match=rf"{folder}/2 could not be written: File too large. Checkpoints before it"):
+    with pytest.raises(
+        OSError, match=rf"{folder}/2: not written \(File too large\): choose another disk, .*, and run again, to go on"
+    ):
         run(folder, 2)
     assert manifest.newest(folder)[0] == 1
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -88,6 +88,7 @@ def one_run(folder, i, instants, left, expected):
         patience = instant if instant is not None and left.acquire(blocking=False) else None
         if patience is None and not kills:
             return []
+        began = time.time()
         process = train(folder)
         try:
             status = process.wait(patience)
@@ -96,7 +97,7 @@ def one_run(folder, i, instants, left, expected):
             process.wait()
             if kills:
                 kills[-1]["resumed from"] = resumed_from(folder)
-            kills.append({"run": i, "seconds": round(instant, 3), **left_behind(folder)})
+            kills.append({"run": i, "seconds": round(instant, 3), **left_behind(folder, began)})
             continue
         assert status == 0, f"run {i} ended with {status}"
         if patience is not None:  # it has ended before its kill
@@ -131,8 +132,8 @@ def resumed_from(folder):
     return manifest.steps(folder / "checkpoints")[-1] if (folder / "adapter.safetensors").exists() else None
 
 
-def left_behind(folder):
-    """What a kill has left: the newest checkpoint, and what was half done."""
+def left_behind(folder, began):
+    """What a kill has left: the newest checkpoint, and what it cut off; not what an earlier one did."""
     opened, steps = said(folder)
     place = folder / "checkpoints"
     complete, deleted = [], []
@@ -143,12 +144,16 @@ def left_behind(folder):
         except manifest.DamagedError:
             deleted.append(step)
     phase = "training" if steps else "restoring" if opened else "starting"
+
+    def own(path):
+        return max(each.stat().st_ctime for each in (path, *path.rglob("*"))) > began
+
     return {
         "phase": "ending" if (folder / "adapter.safetensors").exists() else phase,
         "step": steps[-1] if steps else 0,
         "newest": complete[-1] if complete else 0,
-        "half-written": [path.name.split(".")[0] for path in place.glob("*tmp*")] if place.exists() else [],
-        "half-deleted": deleted,
+        "half-written": [int(path.name.split(".")[0]) for path in place.glob("*tmp*") if own(path)],
+        "half-deleted": [step for step in deleted if own(place / str(step))],
     }
 
 

@@ -56,7 +56,7 @@ def write(path: str | os.PathLike[str], content: bytes) -> Path:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-        _keep_name(path.parent)
+        keep(path.parent)
     except OSError as error:
         cause = error.strerror or str(error)
         remedy = REMEDIES.get(error.errno or 0, "what was there is as it was")
@@ -64,10 +64,10 @@ def write(path: str | os.PathLike[str], content: bytes) -> Path:
     return path
 
 
-def _keep_name(folder: Path) -> None:
-    """Has the disk keep a folder's entries, where the operating system can be asked to."""
+def keep(path: Path) -> None:
+    """Has the disk keep a file, or a folder's entries, where the operating system can be asked to."""
     try:
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
     except PermissionError:  # as Windows says of any folder
         return
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -13,6 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
+
+from lora_jax.formats import atomic
 
 _OPENED = itertools.count()  # names the barriers of each folder's processes, which open folders in one order
 
@@ -41,7 +45,9 @@ def opened(
         create=False,  # it is there; orbax makes none for named processes
         save_root_metadata=False,
         multiprocessing_options=processes,
-        async_options=ocp.options.AsyncOptions(post_finalization_callback=seal),
+        async_options=ocp.options.AsyncOptions(  # what folders wait for is told apart by a counter of all savers'
+            post_finalization_callback=seal, create_directories_asynchronously=False
+        ),
     )
     handlers = {
         "adapter": ocp.StandardCheckpointHandler(multiprocessing_options=processes),
@@ -73,9 +79,14 @@ def clear(folder: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def cause(error: Exception) -> str:
-    """What went wrong, of an error that may begin with how tensorstore came to it, and end with all it was told."""
-    return getattr(error, "strerror", None) or str(error).split(" [")[0].rsplit(": ", 1)[-1]
+def not_written(place: Path, error: Exception) -> OSError:
+    """What the operating system has said, which tensorstore tells amid much else."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    number = int(code[1]) if code else getattr(error, "errno", None) or 0
+    cause = os.strerror(number) if number else error
+    remedy = atomic.REMEDIES.get(number, "see to the cause")
+    message = f"{place}: not written ({cause}): {remedy}, and run again, to go on from the checkpoints before it"
+    return OSError(number, message) if number else OSError(message)
 
 
 def before_exit(close: Callable[[], Callable[[], None] | None]) -> None:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 import lora_jax
 from lora_jax import tree
 from lora_jax.factors import LoraParams
+from lora_jax.formats import atomic
 from lora_jax.formats.description import describe
 from lora_jax.formats.parts import Parts
 
@@ -76,6 +77,8 @@ def write(folder: Path, manifest: Mapping[str, Any]) -> None:
     content = {"format": FORMAT, **manifest, "files": _sums(folder)}
     text = json.dumps(content, sort_keys=True)
     (folder / NAME).write_text(json.dumps({"sum": _sum(text.encode()), "manifest": content}, sort_keys=True))
+    for path in (folder, *folder.rglob("*")):  # down to the disk before those it replaces are deleted
+        atomic.keep(path)
 
 
 def read(folder: Path, files: bool = True) -> dict[str, Any]:

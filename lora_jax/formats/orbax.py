@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from lora_jax.factors import LoraParams
 from lora_jax.fingerprint import check_base, fingerprint
 from lora_jax.formats import description, manifest
-from lora_jax.formats.folder import before_exit, cause, clear, opened
+from lora_jax.formats.folder import before_exit, clear, not_written, opened
 from lora_jax.formats.parts import Parts, copied, placed, take_apart, templates
 from lora_jax.placement import on_mesh
 
@@ -229,10 +229,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as error:  # whatever orbax and tensorstore raise
             clear(self.folder)
-            raise OSError(
-                f"{self.folder / str(step)} could not be written: {cause(error)}. Checkpoints before it are as they "
-                "were: when the folder has room and can be written to, save again, or run again, to go on from them"
-            ) from error
+            raise not_written(self.folder / str(step), error) from error
 
     def _check_finite(self, step: int, factors: Mapping[str, Any]) -> None:
         if jax.process_count() > 1:  # of which one might find what others do not
