@@ -54,7 +54,13 @@ def check(where: str, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     _compare(where, "adapters", saved["adapters"], own["adapters"], remedy)
     _compare(where, "factors", saved["arrays"]["adapter"], own["arrays"]["adapter"], remedy)
     remedy = "take the optimizer that it was made with, or start from its adapters alone, lora_jax.formats.orbax.load"
-    _compare(where, "arrays beside the adapters", saved["arrays"]["rest"], own["arrays"]["rest"], remedy)
+    was, now = ({p: _counted(form) for p, form in of["arrays"]["rest"].items()} for of in (saved, own))
+    _compare(where, "arrays beside the adapters", was, now, remedy)
+
+
+def _counted(form: list[Any]) -> list[Any]:
+    """A count of steps may be Python's int, or JAX's."""
+    return ["int32", []] if form == ["int64", []] else form
 
 
 def _compare(where: str, what: str, saved: Mapping[str, Any], own: Mapping[str, Any], remedy: str) -> None:
@@ -211,6 +217,8 @@ def metrics(folder: Path) -> dict[int, dict[str, Any]]:
 
 def steps(folder: Path) -> list[int]:
     """The steps of a folder's checkpoints, ascending."""
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder}: a file, and no folder of checkpoints; lora_jax.load reads adapter files")
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of checkpoints")
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())

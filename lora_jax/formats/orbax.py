@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lora_jax.factors import LoraParams
+from lora_jax.factors import Adapter, LoraParams
 from lora_jax.fingerprint import check_base, fingerprint
 from lora_jax.formats import description, manifest
 from lora_jax.formats.folder import before_exit, clear, not_written, opened
@@ -88,7 +88,7 @@ class Checkpoints:
           lora_params: Where in a state the adapters are.
 
         Raises:
-          ValueError: For numbers or a mode that make no sense.
+          ValueError: For numbers or a mode that make no sense, or a path with one of `*?[` in it.
           OSError: The folder cannot be made.
         """
         if min(every, keep_last) < 1 or keep_best < 0 or mode not in ("min", "max"):
@@ -97,6 +97,11 @@ class Checkpoints:
                 "keep_last are 1 or more, keep_best is 0 or more, mode is 'min' or 'max'"
             )
         self.folder, self.every = Path(folder).absolute(), every
+        if odd := sorted({*"*?["} & {*str(self.folder)}):
+            raise ValueError(
+                f"{self.folder}: orbax takes {odd[0]!r} for a pattern, and checkpoints there could not be read: give a "
+                "folder without it"
+            )
         self._frozen, self._lora_params, self._base = frozen, lora_params, fingerprint(frozen)
         self._sign, self._metric = (1 if mode == "min" else -1), metric
         self._values: dict[int, float] = {}
@@ -127,15 +132,22 @@ class Checkpoints:
           position: What is to be saved besides, of JSON's types; each process saves its own.
 
         Raises:
-          ValueError: The state has no adapters, or the base in it; or the factors that the save before was of are not
+          ValueError: A later step is there, which this would take the place of; the state has no adapters, or the base
+            in it, or an array of a kind that cannot be written; or the factors that the save before was of are not
             finite (which is looked at where there is one process).
           OSError: The save before failed.
         """
         self.wait()
-        lora_params = self._adapters(state)
-        parts, _ = take_apart(state, self._frozen, lora_params)
         if self._thread is None:
             raise ValueError(f"the checkpoints in {self.folder} are closed: save before the `with` block ends")
+        step, newest = operator.index(step), self._manager.latest_step() or 0
+        if step < newest:
+            raise ValueError(
+                f"step {step} is not saved, since steps go up, and {self.folder} is at {newest}: restore that, to go "
+                "on from it, or save in another folder"
+            )
+        state, lora_params = self._adapters(state)
+        parts, _ = take_apart(state, self._frozen, lora_params)
         try:
             text = json.dumps(position)
         except (TypeError, ValueError) as error:
@@ -174,7 +186,7 @@ class Checkpoints:
             return None
         self._manager.reload()
         step, folder, about = newest
-        lora_params = self._adapters(state)
+        state, lora_params = self._adapters(state)
         parts, rebuilt = take_apart(state, self._frozen, lora_params)
         check_base(str(folder), about["base"], self._base)
         manifest.check(str(folder), about, manifest.described(parts, lora_params))
@@ -203,16 +215,20 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        try:
+            self.close()
+        except Exception as failed:
+            if error is None:
+                raise
+            error.add_note(f"besides, {failed}")  # what came first is what is told
 
     def _write(self, step: int, parts: Parts, lora_params: LoraParams, metrics: dict[str, Any], position: str) -> None:
         """All that takes time; runs in the thread. The arrays of the adapters may be gone, and are not looked at."""
-        metrics = {
-            name: float(x) for name, x in metrics.items() if np.size(x) == 1 and np.asarray(x).dtype.kind in "biuf"
-        }
+        metrics = _scalars(metrics)
         about = manifest.described(parts, lora_params)
         self._manifest = {"step": step, "base": self._base, **about, "metrics": metrics}
+        self._values.pop(step, None)
         self._note(step, metrics)
         items: dict[str, Any] = {
             name: ocp.args.StandardSave({path: x if on_mesh(x) else np.asarray(x) for path, x in part.items()})
@@ -242,14 +258,19 @@ class Checkpoints:
                     "training has diverged; go on from the one before, with a smaller learning rate"
                 )
 
-    def _adapters(self, state: Any) -> LoraParams:
+    def _adapters(self, state: Any) -> tuple[Any, LoraParams]:
+        """The state, and the adapters in it, which are there once: an average, say, may begin as the same object."""
+        state = jax.tree.map(lambda x: x, state)
         try:
-            return self._lora_params(state)
+            found, cause = self._lora_params(state), "what is found is none"
         except (AttributeError, LookupError, TypeError) as error:
+            found, cause = None, error
+        if not isinstance(found, Mapping) or not all(isinstance(x, Adapter) for x in found.values()):
             raise ValueError(
-                f"no adapters are found in a {type(state).__name__} ({error}): give Checkpoints lora_params=, a "
+                f"no adapters are found in a {type(state).__name__} ({cause}): give Checkpoints lora_params=, a "
                 "function from a state to the adapters in it"
-            ) from error
+            )
+        return state, found
 
     def _note(self, step: int, metrics: Mapping[str, Any]) -> None:
         value = metrics.get(self._metric)
@@ -260,6 +281,17 @@ class Checkpoints:
         """Writes the manifest into what is written, before it gets its name; by one process, once all are done."""
         (folder,) = self.folder.glob(f"{self._manifest['step']}.*tmp*")
         manifest.write(folder, self._manifest)
+
+
+def _scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Those of them that are one number, of whatever dtype."""
+    arrays = {name: np.asarray(x) for name, x in metrics.items()}
+    kinds = (jnp.floating, jnp.integer, jnp.bool_)
+    return {
+        name: float(x.item())
+        for name, x in arrays.items()
+        if x.size == 1 and any(jnp.issubdtype(x.dtype, kind) for kind in kinds)
+    }
 
 
 def load(folder: str | os.PathLike[str], step: int | None = None) -> LoraParams:
@@ -276,7 +308,8 @@ def load(folder: str | os.PathLike[str], step: int | None = None) -> LoraParams:
     folder = Path(folder).absolute()
     found = manifest.newest(folder) if step is None else manifest.at(folder, step)
     if found is None:
-        raise FileNotFoundError(f"{folder}: no checkpoint is there")
+        inside = f", but it is one itself: give {folder.parent}" if (folder / manifest.NAME).exists() else ""
+        raise FileNotFoundError(f"{folder}: no checkpoint is there{inside}")
     _, place, about = found
     shapes = {n: jax.ShapeDtypeStruct(shape, dtype) for n, (dtype, shape) in about["arrays"]["adapter"].items()}
     this = jax.process_index()  # of several processes, one may read by itself
@@ -285,6 +318,4 @@ def load(folder: str | os.PathLike[str], step: int | None = None) -> LoraParams:
     )
     with ocp.StandardCheckpointer(multiprocessing_options=own) as checkpointer:
         arrays = checkpointer.restore(place / "adapter", templates(shapes))
-    lora_params = jax.tree.map(arrays.__getitem__, description.restore(about["adapters"]))
-    description.check(lora_params)
-    return lora_params
+    return jax.tree.map(arrays.__getitem__, description.restore(about["adapters"]))
