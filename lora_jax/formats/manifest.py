@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -27,8 +28,6 @@ NAME = "lora_jax.json"
 FORMAT = 1
 # What orbax writes anew after everything else, and says nothing of what is in the arrays.
 UNSUMMED = {NAME, "_CHECKPOINT_METADATA", "commit_success.txt"}
-
-
 _NONE, _FAILED = -1, -2  # in place of a step, which no process then has
 
 
@@ -202,6 +201,17 @@ def position(folder: Path) -> Any:
         f"{folder}: {len(files)} processes saved different positions in their data, and now there are "
         f"{jax.process_count()}: go on with as many, or start the data anew"
     )
+
+
+def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Those metrics that are one real number, of whatever dtype."""
+    arrays = {name: np.asarray(x) for name, x in metrics.items()}
+    kinds = (jnp.floating, jnp.integer, jnp.bool_)
+    return {
+        name: float(x.item())
+        for name, x in arrays.items()
+        if x.size == 1 and any(jnp.issubdtype(x.dtype, kind) for kind in kinds)
+    }
 
 
 def metrics(folder: Path) -> dict[int, dict[str, Any]]:

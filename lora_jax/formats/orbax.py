@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from lora_jax.factors import Adapter, LoraParams
 from lora_jax.fingerprint import check_base, fingerprint
-from lora_jax.formats import description, manifest
+from lora_jax.formats import manifest
 from lora_jax.formats.folder import before_exit, clear, not_written, opened
-from lora_jax.formats.parts import Parts, copied, placed, take_apart, templates
+from lora_jax.formats.folder import load as load
+from lora_jax.formats.parts import Parts, check_finite, copied, placed, take_apart, templates
 from lora_jax.placement import on_mesh
 
 
@@ -225,7 +225,7 @@ class Checkpoints:
 
     def _write(self, step: int, parts: Parts, lora_params: LoraParams, metrics: dict[str, Any], position: str) -> None:
         """All that takes time; runs in the thread. The arrays of the adapters may be gone, and are not looked at."""
-        metrics = _scalars(metrics)
+        metrics = manifest.scalars(metrics)
         about = manifest.described(parts, lora_params)
         self._manifest = {"step": step, "base": self._base, **about, "metrics": metrics}
         self._values.pop(step, None)
@@ -235,7 +235,7 @@ class Checkpoints:
             for name, part in parts._asdict().items()
             if part
         }
-        self._check_finite(step, parts.adapter)
+        check_finite(f"{self.folder}: step {step}", parts.adapter)
         try:
             clear(self.folder)
             if step in self._manager.all_steps():
@@ -246,17 +246,6 @@ class Checkpoints:
         except Exception as error:  # whatever orbax and tensorstore raise
             clear(self.folder)
             raise not_written(self.folder / str(step), error) from error
-
-    def _check_finite(self, step: int, factors: Mapping[str, Any]) -> None:
-        if jax.process_count() > 1:  # of which one might find what others do not
-            return
-        for name, x in factors.items():
-            wide = np.promote_types(x.dtype, np.float32)
-            if jnp.issubdtype(x.dtype, jnp.inexact) and not np.isfinite(np.asarray(x, wide)).all():
-                raise ValueError(
-                    f"{self.folder}: step {step} was not saved, because its factors are not finite, {name!r} first: "
-                    "training has diverged; go on from the one before, with a smaller learning rate"
-                )
 
     def _adapters(self, state: Any) -> tuple[Any, LoraParams]:
         """The state, and the adapters in it, which are there once: an average, say, may begin as the same object."""
@@ -281,41 +270,3 @@ class Checkpoints:
         """Writes the manifest into what is written, before it gets its name; by one process, once all are done."""
         (folder,) = self.folder.glob(f"{self._manifest['step']}.*tmp*")
         manifest.write(folder, self._manifest)
-
-
-def _scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Those of them that are one number, of whatever dtype."""
-    arrays = {name: np.asarray(x) for name, x in metrics.items()}
-    kinds = (jnp.floating, jnp.integer, jnp.bool_)
-    return {
-        name: float(x.item())
-        for name, x in arrays.items()
-        if x.size == 1 and any(jnp.issubdtype(x.dtype, kind) for kind in kinds)
-    }
-
-
-def load(folder: str | os.PathLike[str], step: int | None = None) -> LoraParams:
-    """The adapters of a checkpoint, without its base or its optimizer state, whole, as NumPy's arrays.
-
-    Args:
-      folder: As of `Checkpoints`.
-      step: Which; None for the newest that is intact.
-
-    Raises:
-      FileNotFoundError: There is no such checkpoint.
-      ValueError: It is damaged, or of a later version.
-    """
-    folder = Path(folder).absolute()
-    found = manifest.newest(folder) if step is None else manifest.at(folder, step)
-    if found is None:
-        inside = f", but it is one itself: give {folder.parent}" if (folder / manifest.NAME).exists() else ""
-        raise FileNotFoundError(f"{folder}: no checkpoint is there{inside}")
-    _, place, about = found
-    shapes = {n: jax.ShapeDtypeStruct(shape, dtype) for n, (dtype, shape) in about["arrays"]["adapter"].items()}
-    this = jax.process_index()  # of several processes, one may read by itself
-    own = ocp.options.MultiprocessingOptions(
-        primary_host=this, active_processes={this}, barrier_sync_key_prefix=str(this)
-    )
-    with ocp.StandardCheckpointer(multiprocessing_options=own) as checkpointer:
-        arrays = checkpointer.restore(place / "adapter", templates(shapes))
-    return jax.tree.map(arrays.__getitem__, description.restore(about["adapters"]))

@@ -123,6 +123,19 @@ def _refuse_base(rest: Mapping[str, Any], base: Mapping[str, Any]) -> None:
                 )
 
 
+def check_finite(what: str, factors: Mapping[str, Any]) -> None:
+    """Raises ValueError where a factor has entries that are not finite; of several processes, none looks."""
+    if jax.process_count() > 1:  # of which one might find what others do not
+        return
+    for name, x in factors.items():
+        wide = np.promote_types(x.dtype, np.float32)
+        if jnp.issubdtype(x.dtype, jnp.inexact) and not np.isfinite(np.asarray(x, wide)).all():
+            raise ValueError(
+                f"{what} was not saved, because its factors are not finite, {name!r} first: training has diverged; go "
+                "on from the one before, with a smaller learning rate"
+            )
+
+
 @jax.jit
 def _copies(arrays: Any) -> Any:
     return jax.tree.map(jnp.copy, arrays)
