@@ -49,9 +49,10 @@ class Checkpoints:
     another mesh, in another number of processes.
 
     The state is any pytree that has the adapters in it: `training.State`, or a Flax `TrainState`. A part of it that has
-    the frozen tree's structure is not saved, and stays as it is when the rest is restored.
+    the frozen tree's structure is not saved, and stays as it is when the rest is restored. Steps go up, and one
+    run at a time writes to a folder.
 
-    >>> import tempfile, optax, lora_jax as lora
+    >>> import tempfile, optax, jax.numpy as jnp, lora_jax as lora
     >>> frozen, lora_params = lora.split(jax.random.key(0), {"w": jnp.ones((8, 4))}, {"w": lora.LoRA(rank=2)})
     >>> state = {"lora": lora_params, "opt": lora.optimizer(optax.adam(1e-3)).init(lora_params)}
     >>> with tempfile.TemporaryDirectory() as folder:
