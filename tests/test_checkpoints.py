@@ -12,13 +12,14 @@ from pathlib import Path
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from tiny_run import FROZEN, LORA_PARAMS, TX, listed, run, state, undisturbed
 
 import lora_jax as lora
 from lora_jax.formats import manifest
-from lora_jax.formats.orbax import Checkpoints
+from lora_jax.formats.orbax import Checkpoints, load
 
 pytestmark = pytest.mark.standard_promotion  # Adam's
 
@@ -162,3 +163,79 @@ def test_a_folder_that_cannot_be_made(tmp_path):
             Checkpoints(folder, FROZEN)
     with Checkpoints(tmp_path / "a" / "b", FROZEN) as checkpoints:
         assert checkpoints.read(state()) is None
+
+
+def test_states_of_many_kinds(tmp_path):
+    """Of what trees may hold: an average that begins as the adapters themselves, counts of Python's, keys, NumPy's."""
+    average = jax.tree.map(lambda x: x + 1, LORA_PARAMS)
+    one = {"average": average, "tokens": 2**40, "key": jax.random.key(1, impl="rbg"), "long": np.int64(2**40)}
+    one |= {"name": "a", "none": None, "yes": True, "rate": 0.5, "base": FROZEN, "a.b: ü": (jnp.ones(2, "int4"), {})}
+    zero = {**one, "average": LORA_PARAMS, "tokens": 0, "key": jax.random.key(0, impl="rbg"), "long": np.int64(0)}
+    zero |= {"yes": False, "rate": 0.0, "a.b: ü": (jnp.zeros(2, "int4"), {})}
+    with Checkpoints(tmp_path, FROZEN, lora_params=lambda state: state["lora"]) as checkpoints:
+        checkpoints.save(jnp.int32(1), {"lora": LORA_PARAMS, **one})
+        found = checkpoints.restore({"lora": LORA_PARAMS, **zero})
+        assert {name: type(x) for name, x in found.items()} == {"lora": dict, **{n: type(x) for n, x in one.items()}}
+        chex.assert_trees_all_equal(found["average"], average)
+        assert found["key"] == one["key"] and np.asarray(found["a.b: ü"][0], int).sum() == 2
+        for name in ("tokens", "long", "name", "none", "yes", "rate"):
+            assert found[name] == one[name]
+        for odd, message in (
+            (jnp.ones(2, "uint4"), "is uint4"),
+            (np.array(["x"]), "is str32"),
+            (jnp.ones((0, 2)), "has no entries"),
+            (2**70, "is object"),
+        ):
+            with pytest.raises(ValueError, match=f"'odd' {message}, which a checkpoint cannot hold"):
+                checkpoints.save(2, {"lora": LORA_PARAMS, "odd": odd})
+        with pytest.raises(ValueError, match="no adapters are found in a dict .*: give Checkpoints lora_params="):
+            checkpoints.save(2, {"lora": one})
+    with Checkpoints(tmp_path / "bare", FROZEN["w"], lora_params=lambda state: state["lora"]) as checkpoints:
+        bank = jax.tree.map(lambda x: jnp.stack([x, x]), LORA_PARAMS)
+        checkpoints.save(1, {"lora": bank, "base": FROZEN["w"]})
+        checkpoints.wait()
+        assert manifest.newest(tmp_path / "bare")[2]["arrays"]["rest"] == {}
+        chex.assert_trees_all_equal(load(tmp_path / "bare"), bank)
+
+
+# What stays
+
+
+def test_steps_go_up_and_the_best_stay(tmp_path):
+    tree = {"lora": LORA_PARAMS}
+
+    def opened():
+        return Checkpoints(tmp_path, FROZEN, keep_last=1, keep_best=1, lora_params=lambda state: state["lora"])
+
+    with opened() as checkpoints:
+        for step, loss in ((1, 0.2), (1, 0.5), (2, jnp.bfloat16(0.25)), (3, jnp.ones(1))):
+            checkpoints.save(step, tree, metrics={"eval_loss": loss, "other": "text"})
+        checkpoints.wait()
+        assert manifest.steps(tmp_path) == [2, 3]
+    with opened() as checkpoints:
+        with pytest.raises(
+            ValueError, match=f"step 1 is not saved, since steps go up, and {tmp_path} is at 3: restore"
+        ):
+            checkpoints.save(1, tree)
+        checkpoints.save(4, tree, metrics={"eval_loss": np.nan})
+    assert manifest.steps(tmp_path) == [2, 4]
+
+
+def test_the_first_error_is_the_one_that_is_raised(tmp_path):
+    with pytest.raises(RuntimeError, match="first") as raised, Checkpoints(tmp_path, FROZEN) as checkpoints:
+        checkpoints.save(1, state(jax.tree.map(lambda x: x * jnp.nan, LORA_PARAMS)))
+        raise RuntimeError("first")
+    assert "besides" in raised.value.__notes__[0] and "not finite" in raised.value.__notes__[0]
+
+
+def test_what_is_no_folder_of_checkpoints(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"orbax takes '\[' for a pattern"):
+        Checkpoints(tmp_path / "run[1]", FROZEN)
+    with pytest.raises(FileNotFoundError, match=f"3: no checkpoint is there, but it is one itself: give {folder}"):
+        load(folder / "3")
+    with pytest.raises(NotADirectoryError, match="adapter: a file, and no folder of checkpoints; lora_jax.load reads"):
+        load(lora.save(tmp_path / "adapter", LORA_PARAMS))
+    with pytest.raises(
+        IsADirectoryError, match="give the file in it, or, if checkpoints are, .* lora_jax.formats.orbax"
+    ):
+        lora.load(folder)

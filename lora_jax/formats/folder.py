@@ -16,7 +16,9 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
-from lora_jax.formats import atomic
+from lora_jax.factors import LoraParams
+from lora_jax.formats import atomic, description, manifest
+from lora_jax.formats.parts import templates
 
 _OPENED = itertools.count()  # names the barriers of each folder's processes, which open folders in one order
 
@@ -96,3 +98,30 @@ def before_exit(close: Callable[[], Callable[[], None] | None]) -> None:
     starts no thread any more even here, so that the save may fail: then it says so.
     """
     getattr(threading, "_register_atexit", atexit.register)(lambda: (alive := close()) and alive())
+
+
+def load(folder: str | os.PathLike[str], step: int | None = None) -> LoraParams:
+    """The adapters of a checkpoint, without its base or its optimizer state, whole, as NumPy's arrays.
+
+    Args:
+      folder: As of `lora_jax.Checkpoints`.
+      step: Which; None for the newest that is intact.
+
+    Raises:
+      FileNotFoundError: There is no such checkpoint.
+      ValueError: It is damaged, or of a later version.
+    """
+    folder = Path(folder).absolute()
+    found = manifest.newest(folder) if step is None else manifest.at(folder, step)
+    if found is None:
+        inside = f", but it is one itself: give {folder.parent}" if (folder / manifest.NAME).exists() else ""
+        raise FileNotFoundError(f"{folder}: no checkpoint is there{inside}")
+    _, place, about = found
+    shapes = {n: jax.ShapeDtypeStruct(shape, dtype) for n, (dtype, shape) in about["arrays"]["adapter"].items()}
+    this = jax.process_index()  # of several processes, one may read by itself
+    own = ocp.options.MultiprocessingOptions(
+        primary_host=this, active_processes={this}, barrier_sync_key_prefix=str(this)
+    )
+    with ocp.StandardCheckpointer(multiprocessing_options=own) as checkpointer:
+        arrays = checkpointer.restore(place / "adapter", templates(shapes))
+    return jax.tree.map(arrays.__getitem__, description.restore(about["adapters"]))

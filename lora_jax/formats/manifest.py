@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -27,8 +28,6 @@ NAME = "lora_jax.json"
 FORMAT = 1
 # What orbax writes anew after everything else, and says nothing of what is in the arrays.
 UNSUMMED = {NAME, "_CHECKPOINT_METADATA", "commit_success.txt"}
-
-
 _NONE, _FAILED = -1, -2  # in place of a step, which no process then has
 
 
@@ -54,7 +53,13 @@ def check(where: str, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     _compare(where, "adapters", saved["adapters"], own["adapters"], remedy)
     _compare(where, "factors", saved["arrays"]["adapter"], own["arrays"]["adapter"], remedy)
     remedy = "take the optimizer that it was made with, or start from its adapters alone, lora_jax.formats.orbax.load"
-    _compare(where, "arrays beside the adapters", saved["arrays"]["rest"], own["arrays"]["rest"], remedy)
+    was, now = ({p: _counted(form) for p, form in of["arrays"]["rest"].items()} for of in (saved, own))
+    _compare(where, "arrays beside the adapters", was, now, remedy)
+
+
+def _counted(form: list[Any]) -> list[Any]:
+    """A count of steps may be Python's int, or JAX's."""
+    return ["int32", []] if form == ["int64", []] else form
 
 
 def _compare(where: str, what: str, saved: Mapping[str, Any], own: Mapping[str, Any], remedy: str) -> None:
@@ -198,6 +203,17 @@ def position(folder: Path) -> Any:
     )
 
 
+def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Those metrics that are one real number, of whatever dtype."""
+    arrays = {name: np.asarray(x) for name, x in metrics.items()}
+    kinds = (jnp.floating, jnp.integer, jnp.bool_)
+    return {
+        name: float(x.item())
+        for name, x in arrays.items()
+        if x.size == 1 and any(jnp.issubdtype(x.dtype, kind) for kind in kinds)
+    }
+
+
 def metrics(folder: Path) -> dict[int, dict[str, Any]]:
     """The metrics of each checkpoint that has a manifest, by step."""
     found = {}
@@ -211,6 +227,8 @@ def metrics(folder: Path) -> dict[int, dict[str, Any]]:
 
 def steps(folder: Path) -> list[int]:
     """The steps of a folder's checkpoints, ascending."""
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder}: a file, and no folder of checkpoints; lora_jax.load reads adapter files")
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of checkpoints")
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())

@@ -168,7 +168,11 @@ def _read(path: Path) -> tuple[str, bytes]:
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, f"{path}: no such adapter file")
     if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, f"{path}: a folder, and no adapter file: give the file in it")
+        raise IsADirectoryError(
+            errno.EISDIR,
+            f"{path}: a folder, and no adapter file: give the file in it, or, if checkpoints are, let "
+            "lora_jax.formats.orbax.load read them",
+        )
     if not path.is_file():
         raise OSError(errno.EINVAL, f"{path}: a pipe or a device, and no adapter file")
     with open(path, "rb") as file:

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lora_jax.factors import LoraParams
+from lora_jax.factors import Adapter, LoraParams
 from lora_jax.fingerprint import check_base, fingerprint
-from lora_jax.formats import description, manifest
+from lora_jax.formats import manifest
 from lora_jax.formats.folder import before_exit, clear, not_written, opened
-from lora_jax.formats.parts import Parts, copied, placed, take_apart, templates
+from lora_jax.formats.folder import load as load
+from lora_jax.formats.parts import Parts, check_finite, copied, placed, take_apart, templates
 from lora_jax.placement import on_mesh
 
 
@@ -49,9 +49,10 @@ class Checkpoints:
     another mesh, in another number of processes.
 
     The state is any pytree that has the adapters in it: `training.State`, or a Flax `TrainState`. A part of it that has
-    the frozen tree's structure is not saved, and stays as it is when the rest is restored.
+    the frozen tree's structure is not saved, and stays as it is when the rest is restored. Steps go up, and one
+    run at a time writes to a folder.
 
-    >>> import tempfile, optax, lora_jax as lora
+    >>> import tempfile, optax, jax.numpy as jnp, lora_jax as lora
     >>> frozen, lora_params = lora.split(jax.random.key(0), {"w": jnp.ones((8, 4))}, {"w": lora.LoRA(rank=2)})
     >>> state = {"lora": lora_params, "opt": lora.optimizer(optax.adam(1e-3)).init(lora_params)}
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +89,7 @@ class Checkpoints:
           lora_params: Where in a state the adapters are.
 
         Raises:
-          ValueError: For numbers or a mode that make no sense.
+          ValueError: For numbers or a mode that make no sense, or a path with one of `*?[` in it.
           OSError: The folder cannot be made.
         """
         if min(every, keep_last) < 1 or keep_best < 0 or mode not in ("min", "max"):
@@ -97,6 +98,11 @@ class Checkpoints:
                 "keep_last are 1 or more, keep_best is 0 or more, mode is 'min' or 'max'"
             )
         self.folder, self.every = Path(folder).absolute(), every
+        if odd := sorted({*"*?["} & {*str(self.folder)}):
+            raise ValueError(
+                f"{self.folder}: orbax takes {odd[0]!r} for a pattern, and checkpoints there could not be read: give a "
+                "folder without it"
+            )
         self._frozen, self._lora_params, self._base = frozen, lora_params, fingerprint(frozen)
         self._sign, self._metric = (1 if mode == "min" else -1), metric
         self._values: dict[int, float] = {}
@@ -127,15 +133,22 @@ class Checkpoints:
           position: What is to be saved besides, of JSON's types; each process saves its own.
 
         Raises:
-          ValueError: The state has no adapters, or the base in it; or the factors that the save before was of are not
+          ValueError: A later step is there, which this would take the place of; the state has no adapters, or the base
+            in it, or an array of a kind that cannot be written; or the factors that the save before was of are not
             finite (which is looked at where there is one process).
           OSError: The save before failed.
         """
         self.wait()
-        lora_params = self._adapters(state)
-        parts, _ = take_apart(state, self._frozen, lora_params)
         if self._thread is None:
             raise ValueError(f"the checkpoints in {self.folder} are closed: save before the `with` block ends")
+        step, newest = operator.index(step), self._manager.latest_step() or 0
+        if step < newest:
+            raise ValueError(
+                f"step {step} is not saved, since steps go up, and {self.folder} is at {newest}: restore that, to go "
+                "on from it, or save in another folder"
+            )
+        state, lora_params = self._adapters(state)
+        parts, _ = take_apart(state, self._frozen, lora_params)
         try:
             text = json.dumps(position)
         except (TypeError, ValueError) as error:
@@ -174,7 +187,7 @@ class Checkpoints:
             return None
         self._manager.reload()
         step, folder, about = newest
-        lora_params = self._adapters(state)
+        state, lora_params = self._adapters(state)
         parts, rebuilt = take_apart(state, self._frozen, lora_params)
         check_base(str(folder), about["base"], self._base)
         manifest.check(str(folder), about, manifest.described(parts, lora_params))
@@ -203,23 +216,27 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        try:
+            self.close()
+        except Exception as failed:
+            if error is None:
+                raise
+            error.add_note(f"besides, {failed}")  # what came first is what is told
 
     def _write(self, step: int, parts: Parts, lora_params: LoraParams, metrics: dict[str, Any], position: str) -> None:
         """All that takes time; runs in the thread. The arrays of the adapters may be gone, and are not looked at."""
-        metrics = {
-            name: float(x) for name, x in metrics.items() if np.size(x) == 1 and np.asarray(x).dtype.kind in "biuf"
-        }
+        metrics = manifest.scalars(metrics)
         about = manifest.described(parts, lora_params)
         self._manifest = {"step": step, "base": self._base, **about, "metrics": metrics}
+        self._values.pop(step, None)
         self._note(step, metrics)
         items: dict[str, Any] = {
             name: ocp.args.StandardSave({path: x if on_mesh(x) else np.asarray(x) for path, x in part.items()})
             for name, part in parts._asdict().items()
             if part
         }
-        self._check_finite(step, parts.adapter)
+        check_finite(f"{self.folder}: step {step}", parts.adapter)
         try:
             clear(self.folder)
             if step in self._manager.all_steps():
@@ -231,25 +248,19 @@ class Checkpoints:
             clear(self.folder)
             raise not_written(self.folder / str(step), error) from error
 
-    def _check_finite(self, step: int, factors: Mapping[str, Any]) -> None:
-        if jax.process_count() > 1:  # of which one might find what others do not
-            return
-        for name, x in factors.items():
-            wide = np.promote_types(x.dtype, np.float32)
-            if jnp.issubdtype(x.dtype, jnp.inexact) and not np.isfinite(np.asarray(x, wide)).all():
-                raise ValueError(
-                    f"{self.folder}: step {step} was not saved, because its factors are not finite, {name!r} first: "
-                    "training has diverged; go on from the one before, with a smaller learning rate"
-                )
-
-    def _adapters(self, state: Any) -> LoraParams:
+    def _adapters(self, state: Any) -> tuple[Any, LoraParams]:
+        """The state, and the adapters in it, which are there once: an average, say, may begin as the same object."""
+        state = jax.tree.map(lambda x: x, state)
         try:
-            return self._lora_params(state)
+            found, cause = self._lora_params(state), "what is found is none"
         except (AttributeError, LookupError, TypeError) as error:
+            found, cause = None, error
+        if not isinstance(found, Mapping) or not all(isinstance(x, Adapter) for x in found.values()):
             raise ValueError(
-                f"no adapters are found in a {type(state).__name__} ({error}): give Checkpoints lora_params=, a "
+                f"no adapters are found in a {type(state).__name__} ({cause}): give Checkpoints lora_params=, a "
                 "function from a state to the adapters in it"
-            ) from error
+            )
+        return state, found
 
     def _note(self, step: int, metrics: Mapping[str, Any]) -> None:
         value = metrics.get(self._metric)
@@ -260,31 +271,3 @@ class Checkpoints:
         """Writes the manifest into what is written, before it gets its name; by one process, once all are done."""
         (folder,) = self.folder.glob(f"{self._manifest['step']}.*tmp*")
         manifest.write(folder, self._manifest)
-
-
-def load(folder: str | os.PathLike[str], step: int | None = None) -> LoraParams:
-    """The adapters of a checkpoint, without its base or its optimizer state, whole, as NumPy's arrays.
-
-    Args:
-      folder: As of `Checkpoints`.
-      step: Which; None for the newest that is intact.
-
-    Raises:
-      FileNotFoundError: There is no such checkpoint.
-      ValueError: It is damaged, or of a later version.
-    """
-    folder = Path(folder).absolute()
-    found = manifest.newest(folder) if step is None else manifest.at(folder, step)
-    if found is None:
-        raise FileNotFoundError(f"{folder}: no checkpoint is there")
-    _, place, about = found
-    shapes = {n: jax.ShapeDtypeStruct(shape, dtype) for n, (dtype, shape) in about["arrays"]["adapter"].items()}
-    this = jax.process_index()  # of several processes, one may read by itself
-    own = ocp.options.MultiprocessingOptions(
-        primary_host=this, active_processes={this}, barrier_sync_key_prefix=str(this)
-    )
-    with ocp.StandardCheckpointer(multiprocessing_options=own) as checkpointer:
-        arrays = checkpointer.restore(place / "adapter", templates(shapes))
-    lora_params = jax.tree.map(arrays.__getitem__, description.restore(about["adapters"]))
-    description.check(lora_params)
-    return lora_params

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorstore
 
 from lora_jax import tree
 from lora_jax.factors import Adapter, LoraParams
@@ -31,7 +32,8 @@ def take_apart(state: Any, frozen: Any, lora_params: LoraParams) -> tuple[Parts,
       lora_params: The adapters.
 
     Raises:
-      ValueError: The adapters are not in the state; or the base is, in a tree of another structure.
+      ValueError: The adapters are not in the state; or the base is, in a tree of another structure; or an array is of a
+        kind that cannot be written.
     """
     base, structure = tree.flatten(frozen)
 
@@ -43,7 +45,9 @@ def take_apart(state: Any, frozen: Any, lora_params: LoraParams) -> tuple[Parts,
     leaves, treedef = tree.flatten(state, is_leaf=lambda node: node is lora_params or is_base(node))
     if not any(x is lora_params for x in leaves.values()):
         raise ValueError("the adapters are no part of the state: give lora_params=, a function from a state to them")
-    rest = {path: x for path, x in leaves.items() if tree.is_array(x) or isinstance(x, int | float)}
+    rest = {
+        path: x for path, x in leaves.items() if x is not frozen and (tree.is_array(x) or isinstance(x, int | float))
+    }
     _refuse_base(rest, base)
 
     def rebuilt(parts: Parts) -> Any:
@@ -57,13 +61,27 @@ def take_apart(state: Any, frozen: Any, lora_params: LoraParams) -> tuple[Parts,
         return tree.unflatten(treedef, filled)
 
     factors = {f"{path}:{name}": x for path, a in lora_params.items() for name, x in a.factors.items()}
-    return Parts(factors, {path: _data(x) for path, x in rest.items()}), rebuilt
+    parts = Parts(factors, {path: _data(x) for path, x in rest.items()})
+    for path, x in (*parts.adapter.items(), *parts.rest.items()):
+        _check_has_form(path, x)
+    return parts, rebuilt
+
+
+def _check_has_form(path: str, x: Any) -> None:
+    """Raises where orbax could not write an array, and would say so late and without its path."""
+    try:
+        tensorstore.dtype(x.dtype.name)
+        cause = "" if np.size(x) else "has no entries"
+    except ValueError:
+        cause = f"is {x.dtype.name}"
+    if cause:
+        raise ValueError(f"{path!r} {cause}, which a checkpoint cannot hold: take it out of the state, or cast it")
 
 
 def _data(x: Any) -> Any:
     """An array that can be written."""
-    if isinstance(x, int | float):  # an int as JAX has it: a step count may be one or the other
-        return np.asarray(x, jnp.result_type(int) if isinstance(x, int) and abs(x) < 2**31 else None)
+    if isinstance(x, int | float):  # as wide as it may become
+        return np.asarray(x, np.int64 if isinstance(x, int) and abs(x) < 2**63 else None)
     if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return x
     if not isinstance(x, jax.ShapeDtypeStruct):
@@ -74,7 +92,7 @@ def _data(x: Any) -> Any:
 
 def _like(like: Any, data: Any) -> Any:
     """The inverse of `_data`."""
-    if isinstance(like, int | float):
+    if isinstance(like, int | float | np.generic):
         return type(like)(data)
     if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(data, impl=_impl(like))
@@ -103,6 +121,19 @@ def _refuse_base(rest: Mapping[str, Any], base: Mapping[str, Any]) -> None:
                     f"the state has the base's {end!r} at {path!r}, and checkpoints hold no base weights: keep only "
                     "lora_params in the state, or the base as a whole, in a tree like `frozen`"
                 )
+
+
+def check_finite(what: str, factors: Mapping[str, Any]) -> None:
+    """Raises ValueError where a factor has entries that are not finite; of several processes, none looks."""
+    if jax.process_count() > 1:  # of which one might find what others do not
+        return
+    for name, x in factors.items():
+        wide = np.promote_types(x.dtype, np.float32)
+        if jnp.issubdtype(x.dtype, jnp.inexact) and not np.isfinite(np.asarray(x, wide)).all():
+            raise ValueError(
+                f"{what} was not saved, because its factors are not finite, {name!r} first: training has diverged; go "
+                "on from the one before, with a smaller learning rate"
+            )
 
 
 @jax.jit
@@ -138,7 +169,7 @@ def placed(part: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
     """Arrays on the device that those of a part lie on."""
 
     def place(like: Any, x: Any) -> Any:
-        if on_mesh(like) or isinstance(like, np.ndarray):
+        if on_mesh(like) or isinstance(like, np.ndarray | np.generic):
             return x
         return jax.device_put(x, like.sharding if getattr(like, "committed", False) else None)
 
