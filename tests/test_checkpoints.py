@@ -208,15 +208,15 @@ def test_steps_go_up_and_the_best_stay(tmp_path):
         return Checkpoints(tmp_path, FROZEN, keep_last=1, keep_best=1, lora_params=lambda state: state["lora"])
 
     with opened() as checkpoints:
-        for step, loss in ((1, 0.2), (1, 0.5), (2, jnp.bfloat16(0.25)), (3, jnp.ones(1))):
+        for step, loss in ((1, 0.5), (2, jnp.bfloat16(0.25)), (3, jnp.ones(1))):
             checkpoints.save(step, tree, metrics={"eval_loss": loss, "other": "text"})
         checkpoints.wait()
         assert manifest.steps(tmp_path) == [2, 3]
     with opened() as checkpoints:
-        with pytest.raises(
-            ValueError, match=f"step 1 is not saved, since steps go up, and {tmp_path} is at 3: restore"
-        ):
-            checkpoints.save(1, tree)
+        for step in (1, 3):
+            message = f"step {step} is not saved, since steps go up, and {tmp_path} is at 3: restore"
+            with pytest.raises(ValueError, match=message):
+                checkpoints.save(step, tree)
         checkpoints.save(4, tree, metrics={"eval_loss": np.nan})
     assert manifest.steps(tmp_path) == [2, 4]
 

@@ -13,16 +13,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lora_jax.factors import Adapter, LoraParams
+from lora_jax.factors import LoraParams
 from lora_jax.fingerprint import check_base, fingerprint
 from lora_jax.formats import manifest
 from lora_jax.formats.folder import before_exit, clear, not_written, opened
 from lora_jax.formats.folder import load as load
-from lora_jax.formats.parts import Parts, check_finite, copied, placed, take_apart, templates
+from lora_jax.formats.parts import Parts, adapters_of, check_finite, copied, placed, take_apart, templates
 from lora_jax.placement import on_mesh
 
 
@@ -52,7 +51,7 @@ class Checkpoints:
     the frozen tree's structure is not saved, and stays as it is when the rest is restored. Steps go up, and one
     run at a time writes to a folder.
 
-    >>> import tempfile, optax, jax.numpy as jnp, lora_jax as lora
+    >>> import tempfile, jax, jax.numpy as jnp, optax, lora_jax as lora
     >>> frozen, lora_params = lora.split(jax.random.key(0), {"w": jnp.ones((8, 4))}, {"w": lora.LoRA(rank=2)})
     >>> state = {"lora": lora_params, "opt": lora.optimizer(optax.adam(1e-3)).init(lora_params)}
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -133,21 +132,21 @@ class Checkpoints:
           position: What is to be saved besides, of JSON's types; each process saves its own.
 
         Raises:
-          ValueError: A later step is there, which this would take the place of; the state has no adapters, or the base
-            in it, or an array of a kind that cannot be written; or the factors that the save before was of are not
-            finite (which is looked at where there is one process).
+          ValueError: The step is there, or a later one; the state has no adapters, or the base in it, or an array of a
+            kind that cannot be written; or the factors that the save before was of are not finite (which is looked at
+            where there is one process).
           OSError: The save before failed.
         """
         self.wait()
         if self._thread is None:
             raise ValueError(f"the checkpoints in {self.folder} are closed: save before the `with` block ends")
-        step, newest = operator.index(step), self._manager.latest_step() or 0
-        if step < newest:
+        step, newest = operator.index(step), self._manager.latest_step()
+        if newest is not None and step <= newest:
             raise ValueError(
                 f"step {step} is not saved, since steps go up, and {self.folder} is at {newest}: restore that, to go "
                 "on from it, or save in another folder"
             )
-        state, lora_params = self._adapters(state)
+        state, lora_params = adapters_of(state, self._lora_params)
         parts, _ = take_apart(state, self._frozen, lora_params)
         try:
             text = json.dumps(position)
@@ -187,7 +186,7 @@ class Checkpoints:
             return None
         self._manager.reload()
         step, folder, about = newest
-        state, lora_params = self._adapters(state)
+        state, lora_params = adapters_of(state, self._lora_params)
         parts, rebuilt = take_apart(state, self._frozen, lora_params)
         check_base(str(folder), about["base"], self._base)
         manifest.check(str(folder), about, manifest.described(parts, lora_params))
@@ -229,7 +228,6 @@ class Checkpoints:
         metrics = manifest.scalars(metrics)
         about = manifest.described(parts, lora_params)
         self._manifest = {"step": step, "base": self._base, **about, "metrics": metrics}
-        self._values.pop(step, None)
         self._note(step, metrics)
         items: dict[str, Any] = {
             name: ocp.args.StandardSave({path: x if on_mesh(x) else np.asarray(x) for path, x in part.items()})
@@ -239,28 +237,12 @@ class Checkpoints:
         check_finite(f"{self.folder}: step {step}", parts.adapter)
         try:
             clear(self.folder)
-            if step in self._manager.all_steps():
-                self._manager.delete(step)
             items["position"] = ocp.args.JsonSave(json.loads(position))
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
             self._manager.wait_until_finished()
         except Exception as error:  # whatever orbax and tensorstore raise
             clear(self.folder)
             raise not_written(self.folder / str(step), error) from error
-
-    def _adapters(self, state: Any) -> tuple[Any, LoraParams]:
-        """The state, and the adapters in it, which are there once: an average, say, may begin as the same object."""
-        state = jax.tree.map(lambda x: x, state)
-        try:
-            found, cause = self._lora_params(state), "what is found is none"
-        except (AttributeError, LookupError, TypeError) as error:
-            found, cause = None, error
-        if not isinstance(found, Mapping) or not all(isinstance(x, Adapter) for x in found.values()):
-            raise ValueError(
-                f"no adapters are found in a {type(state).__name__} ({cause}): give Checkpoints lora_params=, a "
-                "function from a state to the adapters in it"
-            )
-        return state, found
 
     def _note(self, step: int, metrics: Mapping[str, Any]) -> None:
         value = metrics.get(self._metric)

@@ -78,6 +78,25 @@ def _check_has_form(path: str, x: Any) -> None:
         raise ValueError(f"{path!r} {cause}, which a checkpoint cannot hold: take it out of the state, or cast it")
 
 
+def adapters_of(state: Any, lora_params: Callable[[Any], LoraParams]) -> tuple[Any, LoraParams]:
+    """The state, and the adapters in it, which are there once: an average, say, may begin as the same object.
+
+    Raises:
+      ValueError: The function does not find them.
+    """
+    state = jax.tree.map(lambda x: x, state)
+    try:
+        found, cause = lora_params(state), "what is found is none"
+    except (AttributeError, LookupError, TypeError) as error:
+        found, cause = None, error
+    if not isinstance(found, Mapping) or not all(isinstance(x, Adapter) for x in found.values()):
+        raise ValueError(
+            f"no adapters are found in a {type(state).__name__} ({cause}): give Checkpoints lora_params=, a function "
+            "from a state to the adapters in it"
+        )
+    return state, found
+
+
 def _data(x: Any) -> Any:
     """An array that can be written."""
     if isinstance(x, int | float):  # as wide as it may become

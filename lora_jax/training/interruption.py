@@ -27,8 +27,10 @@ class Interrupted(SystemExit):
     def __init__(self, number: int, step: int, folder: Path):
         super().__init__(128 + number)
         self.signal, self.step, self.folder = signal.Signals(number), step, folder
+
+    def __str__(self) -> str:
         again = "call fit again" if hasattr(sys, "ps1") else f"the same command:\n  {shlex.join(sys.orig_argv)}"
-        print(f"stopped by {self.signal.name} after step {step}, saved in {folder}; to go on, {again}", file=sys.stderr)
+        return f"stopped by {self.signal.name} after step {self.step}, saved in {self.folder}; to go on, {again}"
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,9 @@ def fit(
       steps: How many steps in all, those before an interruption included; a state that has taken them is returned as it
         is.
       hooks: Called in turn after each step, `hook(step, state, metrics)`. What they return joins the metrics that the
-        next ones see; where it has "stop": True, training ends. The state is valid until the next step. Those that
-        have `get_state` and `set_state`, of something that JSON can say, resume too.
+        next ones see; where it has "stop": True, training ends, also where it is called again on its checkpoints. The
+        state is valid until the next step. Those that have `get_state` and `set_state`, of something that JSON can say,
+        resume too.
       checkpoints: Where the state is saved, and restored from first. With it, SIGTERM and Ctrl-C save after the step
         they come in, and then exit.
 
@@ -91,7 +93,9 @@ def fit(
                 checkpoints.save(done, state, metrics=metrics, position=position)
             if checkpoints and number:
                 checkpoints.wait()
-                raise Interrupted(number, done, checkpoints.folder)
+                interrupted = Interrupted(number, done, checkpoints.folder)
+                print(interrupted, file=sys.stderr)
+                raise interrupted
     return state
 
 
