@@ -87,7 +87,9 @@ class Run:
         return orbax.Checkpoints(folder, self.frozen, every=1)
 
     def fit(self, steps, checkpoints=None):
-        note = lambda step, state, metrics: self.losses.append(float(metrics["loss"]))  # noqa: E731
+        def note(step, state, metrics):
+            self.losses.append(float(metrics["loss"]))
+
         self.state = fit(
             self.step, self.state, self.frozen, self.data, steps=steps, hooks=[note], checkpoints=checkpoints
         )

@@ -305,14 +305,14 @@ def test_early_stopping_resumes(tmp_path):
     losses = [3.0, 2.0, 2.5, float("nan"), 1.5, 1.9, 1.8, 1.7, 1.6]
 
     def fit(steps):
-        found = training.hooks.evaluation(lambda lora_params: {"loss": losses[int(state["step"])]})
-        state = {}
-        note = lambda step, _, metrics: state.update(step=step - 1)  # noqa: E731
+        def found(step, state, metrics):
+            return {"eval_loss": losses[step - 1]}
+
         stopping = training.hooks.every(1, training.hooks.EarlyStopping(patience=3))
         with Checkpoints(tmp_path, FROZEN, every=1) as checkpoints:
             data = itertools.cycle(BATCHES)
             return training.fit(
-                made(), created(), FROZEN, data, steps=steps, hooks=[note, found, stopping], checkpoints=checkpoints
+                made(), created(), FROZEN, data, steps=steps, hooks=[found, stopping], checkpoints=checkpoints
             )
 
     assert [int(fit(steps).step) for steps in (3, 4, 6, 9, 9)] == [3, 4, 6, 8, 8]

@@ -218,7 +218,7 @@ class Checkpoints:
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
         try:
             self.close()
-        except Exception as failed:
+        except (OSError, ValueError) as failed:
             if error is None:
                 raise
             error.add_note(f"besides, {failed}")  # what came first is what is told
