@@ -29,12 +29,13 @@ def every(steps: int, hook: Callable[[int, Any, Mapping[str, Any]], Any]) -> Cal
 def log(write: Callable[[str], Any] = print) -> Callable[..., None]:
     """A line of all metrics. It waits for the step: call it `every` so many.
 
-    >>> log()(50, None, {"loss": 0.04123, "grad_norm": 1.5})
+    >>> log()(50, None, {"grad_norm": 1.5, "loss": 0.04123})
     step 50: loss 0.04123, grad_norm 1.5
     """
 
     def line(step: int, state: Any, metrics: Mapping[str, Any]) -> None:
-        write(f"step {step}: " + ", ".join(f"{name} {float(x):.4g}" for name, x in metrics.items()))
+        names = sorted(metrics, key=lambda name: name != "loss")  # it comes first
+        write(f"step {step}: " + ", ".join(f"{name} {float(metrics[name]):.4g}" for name in names))
 
     return line
 
