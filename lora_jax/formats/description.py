@@ -97,7 +97,7 @@ def _restored(path: str, entry: Any) -> Adapter:
         if site.kind == SHARED and not variant.shared:
             raise ValueError(f"{name} shares no factors")
         names = variant.shared if site.kind == SHARED else variant.names(site)
-    except Exception as error:  # as above
+    except Exception as error:  # a variant that a file names may be anyone's, and fail in any way on its fields
         raise ValueError(_misfit(path, error)) from error
     return Adapter({name: f"{path}:{name}" for name in names}, variant, site)
 

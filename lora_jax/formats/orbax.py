@@ -240,7 +240,7 @@ class Checkpoints:
             items["position"] = ocp.args.JsonSave(json.loads(position))
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
             self._manager.wait_until_finished()
-        except Exception as error:  # whatever orbax and tensorstore raise
+        except Exception as error:  # orbax has no class of its own; ValueError, OSError, RuntimeError and others came
             clear(self.folder)
             raise not_written(self.folder / str(step), error) from error
 
