@@ -1,0 +1,255 @@
+"""Names: where each leaf of a model is in Hugging Face's modules, and how its axes lie there; weights and adapters alike.
+
+A model brings a tuple of (pattern, template, layout), one of which matches each leaf's module:
+
+- pattern: a regex that matches the path of our module in full: a leaf's path without its last part (`kernel`, `bias` ...);
+- template: their module, `\\1` from the pattern and `{layer}` from its group of this name. Where no such group matched,
+  `layer` is a leading axis of ours, and each of its entries a module of theirs: so one entry serves a model whether its
+  layers are stacked or not. `{part:k_proj,v_proj}` is an axis whose entries have these names. `qkv_proj[1]`: ours are the
+  outputs of theirs from where those of `[0]` end;
+- layout: "linear", "conv1d" (transformers' linear layer of this name), "conv", "embedding", "vector", "experts"; or one
+  of these with axes, as einops has them: "linear: in heads width -> (heads width) in".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_jax.sites import Site
+
+Names = Sequence[tuple[str, str, str]]
+Groups = tuple[tuple[str, ...], ...]
+
+# Each kind's axes where a layout gives none, what their dimensions are (batch, in, out; of a window all that follow), and
+# the kind of its sites.
+KINDS = {
+    "linear": ("in out -> out in", "oi", "linear"),
+    "conv1d": ("in out -> in out", "io", "linear"),
+    "conv": ("height width in out -> out in height width", "oi", "conv"),
+    "embedding": ("in out -> in out", "io", "embedding"),
+    "experts": ("expert in out -> expert out in", "boi", "linear"),
+    "vector": ("out -> out", "o", "other"),
+}
+# The last part of a leaf's path, in Flax, Haiku, Equinox or Tunix, and Hugging Face's name for it.
+WEIGHT, BIAS = "weight", "bias"
+ROLES = dict.fromkeys(("kernel", "embedding", "scale", "weight", "w", "input_embedding"), WEIGHT)
+ROLES |= dict.fromkeys(("bias", "b"), BIAS)
+
+
+class Layout(NamedTuple):
+    """How a weight of theirs is made of ours.
+
+    Attributes:
+      kind: One of `KINDS`.
+      ours: Our axes by name.
+      theirs: Their dimensions, each the product of some of our axes.
+    """
+
+    kind: str
+    ours: tuple[str, ...]
+    theirs: Groups
+
+    def side(self, which: str) -> Groups:
+        """Their dimensions that are batch "b", in "i", out "o" or a window's "w", of which which may name several."""
+        marks = KINDS[self.kind][1].ljust(len(self.theirs), "w")
+        return tuple(group for group, mark in zip(self.theirs, marks, strict=True) if mark in which)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a leaf is in their modules.
+
+    Attributes:
+      shape: The leaf's shape.
+      axes: A name for each of its dimensions.
+      role: "weight" or "bias".
+      layout: That of the module's weight.
+      modules: Their module for each index along `stacked`; under `()` alone where the leaf is in one.
+      part: Of the module's outputs, (the first, the one after the last, their number); None where the leaf has all.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    role: str
+    layout: Layout
+    modules: Mapping[tuple[int, ...], str]
+    part: tuple[int, int, int] | None = None
+
+    @property
+    def groups(self) -> Groups:
+        """The dimensions of their tensor."""
+        return self.layout.theirs if self.role == WEIGHT else self.layout.side("o")
+
+    @property
+    def stacked(self) -> tuple[str, ...]:
+        """The axes each of whose entries is in a module of its own."""
+        inside = {axis for group in self.groups for axis in group}
+        return tuple(axis for axis in self.axes if axis not in inside)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of each axis."""
+        return dict(zip(self.axes, self.shape, strict=True))
+
+    @property
+    def tensors(self) -> dict[tuple[int, ...], str]:
+        """The name of their tensor for each index along `stacked`; experts are parameters of no module of their own."""
+        suffix = "" if self.layout.kind == "experts" and self.role == WEIGHT else f".{self.role}"
+        return {index: module + suffix for index, module in self.modules.items()}
+
+    @property
+    def theirs(self) -> tuple[int, ...]:
+        """The shape of their tensor."""
+        sizes = self.sizes
+        shape = [math.prod(sizes[axis] for axis in group) for group in self.groups]
+        if self.part is not None:
+            shape[self.groups.index(self.layout.side("o")[0])] = self.part[2]
+        return tuple(shape)
+
+    def site(self) -> Site:
+        """The leaf's site, as tracing a model finds it that uses the leaf as theirs does."""
+        if self.role == BIAS or self.layout.kind == "vector":
+            return Site(self.shape, "other")
+        dims = {which: self._dims(self.layout.side(which)) for which in ("i", "o", "w", "iw")}
+        batch = tuple(d for d in range(len(self.shape)) if d not in (*dims["iw"], *dims["o"]))
+        kind = KINDS[self.layout.kind][2]
+        return Site(self.shape, kind, batch, dims["iw"], dims["o"], window_axes=dims["w"])
+
+    def _dims(self, groups: Groups) -> tuple[int, ...]:
+        return tuple(sorted(self.axes.index(axis) for group in groups for axis in group))
+
+
+def locate(leaves: Mapping[str, Any], names: Names) -> dict[str, Place]:
+    """Where each leaf is that has a name; the others are left out.
+
+    Args:
+      leaves: Arrays or their shapes, by path: all of a model's, since parts of a tensor are told apart by their order.
+      names: The model's list.
+
+    Raises:
+      ValueError: A path matches several entries, an entry does not fit the leaf's shape, or two leaves get one tensor.
+
+    >>> names = [(r".*layers(?:_(?P<layer>\\d+))?/(up|down)", r"layers.{layer}.\\2_proj", "linear")]
+    >>> locate({"layers_3/up/kernel": np.ones((4, 8))}, names)["layers_3/up/kernel"].tensors
+    {(): 'layers.3.up_proj.weight'}
+    >>> locate({"layers/up/bias": np.ones((2, 8))}, names)["layers/up/bias"].tensors
+    {(0,): 'layers.0.up_proj.bias', (1,): 'layers.1.up_proj.bias'}
+    """
+    places, owners = {}, {}
+    parts: dict[str, dict[int, str]] = {}
+    for path, leaf in leaves.items():
+        found = _place(path, tuple(leaf.shape), names)
+        if found is None:
+            continue
+        places[path], number = found
+        for tensor in places[path].tensors.values():
+            known = parts.setdefault(tensor, {})
+            other = owners.setdefault(tensor, path) if number is None or number in known else path
+            if other != path or (number is None and known) or number in known:
+                raise ValueError(
+                    f"'{path}' and '{known.get(number or 0, other)}' are both '{tensor}': correct the names"
+                )
+            if number is not None:
+                known[number] = path
+    for tensor, known in parts.items():
+        start, whole = 0, sum(_outputs(places[path]) for path in known.values())
+        for number in sorted(known):
+            place = places[known[number]]
+            stop = start + _outputs(place)
+            places[known[number]] = dataclasses.replace(place, part=(start, stop, whole))
+            start = stop
+    return places
+
+
+def arrange(x: Any, axes: Sequence[str], groups: Groups) -> Any:
+    """An array with named axes in the dimensions that groups of them make; an empty group is one of size 1.
+
+    >>> arrange(np.zeros((4, 2, 3)), ["in", "heads", "width"], (("heads", "width"), ("in",))).shape
+    (6, 4)
+    """
+    sizes = dict(zip(axes, x.shape, strict=True))
+    order = [axes.index(axis) for group in groups for axis in group]
+    return x.transpose(order).reshape([math.prod(sizes[axis] for axis in group) for group in groups])
+
+
+def restore(x: Any, groups: Groups, axes: Sequence[str], sizes: Mapping[str, int]) -> Any:
+    """The inverse of `arrange`.
+
+    >>> restore(
+    ...     np.zeros((6, 4)), (("heads", "width"), ("in",)), ["in", "heads", "width"], {"in": 4, "heads": 2, "width": 3}
+    ... ).shape
+    (4, 2, 3)
+    """
+    flat = [axis for group in groups for axis in group]
+    return x.reshape([sizes[axis] for axis in flat]).transpose([flat.index(axis) for axis in axes])
+
+
+@functools.cache
+def parse(layout: str) -> Layout:
+    """A layout as its parts.
+
+    Raises:
+      ValueError: Its kind is not known, or its two sides do not have the same axes.
+
+    >>> parse("linear: in heads width -> (heads width) in").theirs
+    (('heads', 'width'), ('in',))
+    """
+    kind, _, axes = layout.partition(":")
+    if kind not in KINDS:
+        raise ValueError(f"the layout '{layout}' is of no known kind: use one of {', '.join(KINDS)}")
+    left, _, right = (axes or KINDS[kind][0]).partition("->")
+    groups = tuple(tuple((group or single).split()) for group, single in re.findall(r"\(([^)]*)\)|(\w+)", right))
+    ours, theirs = tuple(left.split()), [axis for group in groups for axis in group]
+    if not theirs or len({*ours}) < len(ours) or len({*theirs}) < len(theirs) or not {*theirs} <= {*ours}:
+        raise ValueError(f"the layout '{layout}': each axis of theirs is one of ours, as in 'linear: in out -> out in'")
+    if len(groups) < len(KINDS[kind][1]) or (kind != "conv" and len(groups) > len(KINDS[kind][1])):
+        raise ValueError(f"the layout '{layout}': theirs has dimensions as in '{kind}: {KINDS[kind][0]}'")
+    return Layout(kind, ours, groups)
+
+
+def _place(path: str, shape: tuple[int, ...], names: Names) -> tuple[Place, int | None] | None:
+    """The place of a leaf, but for how large the parts before it are, and which part it is."""
+    module, _, last = path.removesuffix("/value").rpartition("/")  # nnx.State has Variables as nodes of its tree
+    matches = [(match, *entry[1:]) for entry in names if (match := re.fullmatch(entry[0], module))]
+    if last not in ROLES or not matches:
+        return None
+    if len(matches) > 1:
+        patterns = " and ".join(f"'{match.re.pattern}'" for match, *_ in matches)
+        raise ValueError(f"'{path}' matches {patterns}: correct the names, so that one entry matches each module")
+    ((match, template, layout),) = matches
+    role, layout = ROLES[last], parse(layout)
+    given = {name: value for name, value in match.groupdict().items() if value is not None}
+    template, _, part = match.expand(template).rstrip("]").partition("[")
+    blanks = {name: choices.split(",") if choices else None for name, choices in re.findall(BLANK, template)}
+    pending = {name: choices for name, choices in blanks.items() if name not in given}
+    inside = {axis for group in (layout.theirs if role == WEIGHT else layout.side("o")) for axis in group}
+    own = [axis for axis in layout.ours if axis in inside or axis in pending]
+    axes = (*(name for name in pending if name not in own), *own)
+    sizes = dict(zip(axes, shape, strict=False))
+    wrong = [name for name, choices in pending.items() if choices and len(choices) != sizes.get(name)]
+    if len(axes) != len(shape) or wrong:
+        raise ValueError(f"'{path}' has shape {shape}, and its layout axes {' '.join(axes)}: correct the names")
+    stacked = [axis for axis in axes if axis in pending]
+    modules = {}
+    for index in itertools.product(*(range(sizes[axis]) for axis in stacked)):
+        words = {
+            axis: choices[i] if (choices := pending[axis]) else str(i) for axis, i in zip(stacked, index, strict=True)
+        }
+        modules[index] = re.sub(BLANK, lambda blank: {**given, **words}[blank[1]], template)
+    return Place(shape, axes, role, layout, modules), int(part) if part else None
+
+
+BLANK = r"\{(\w+)(?::([^}]*))?\}"
+
+
+def _outputs(place: Place) -> int:
+    """How many outputs of their module a leaf makes."""
+    return math.prod(place.sizes[axis] for group in place.layout.side("o") for axis in group)
