@@ -1,14 +1,14 @@
-"""Names: where each leaf of a model is in Hugging Face's modules, and how its axes lie there; weights and adapters alike.
+"""Names: where each leaf of a model is in Hugging Face's modules, and how its axes lie there.
 
-A model brings a tuple of (pattern, template, layout), one of which matches each leaf's module:
+A model brings a tuple of (pattern, template, layout), for weights and adapters alike; one matches each leaf's module:
 
-- pattern: a regex that matches the path of our module in full: a leaf's path without its last part (`kernel`, `bias` ...);
+- pattern: a regex that matches the path of our module in full: a leaf's path without its last part, such as `kernel`;
 - template: their module, `\\1` from the pattern and `{layer}` from its group of this name. Where no such group matched,
   `layer` is a leading axis of ours, and each of its entries a module of theirs: so one entry serves a model whether its
-  layers are stacked or not. `{part:k_proj,v_proj}` is an axis whose entries have these names. `qkv_proj[1]`: ours are the
-  outputs of theirs from where those of `[0]` end;
-- layout: "linear", "conv1d" (transformers' linear layer of this name), "conv", "embedding", "vector", "experts"; or one
-  of these with axes, as einops has them: "linear: in heads width -> (heads width) in".
+  layers are stacked or not. `{part:k_proj,v_proj}` is an axis whose entries have these names. `qkv_proj[1]`: ours are
+  the outputs of theirs from where those of `[0]` end;
+- layout: "linear", "conv1d" (transformers' linear layer of this name), "conv", "embedding", "vector", "experts"; or
+  one of these with axes, as einops has them: "linear: in heads width -> (heads width) in".
 """
 
 from __future__ import annotations
@@ -21,15 +21,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from lora_jax.sites import Site
 
 Names = Sequence[tuple[str, str, str]]
 Groups = tuple[tuple[str, ...], ...]
 
-# Each kind's axes where a layout gives none, what their dimensions are (batch, in, out; of a window all that follow), and
-# the kind of its sites.
+# Each kind's axes where a layout gives none, what their dimensions are (batch, in, out; of a window all that follow),
+# and the kind of its sites.
 KINDS = {
     "linear": ("in out -> out in", "oi", "linear"),
     "conv1d": ("in out -> in out", "io", "linear"),
@@ -38,6 +36,7 @@ KINDS = {
     "experts": ("expert in out -> expert out in", "boi", "linear"),
     "vector": ("out -> out", "o", "other"),
 }
+BLANK = r"\{(\w+)(?::([^}]*))?\}"  # of a template
 # The last part of a leaf's path, in Flax, Haiku, Equinox or Tunix, and Hugging Face's name for it.
 WEIGHT, BIAS = "weight", "bias"
 ROLES = dict.fromkeys(("kernel", "embedding", "scale", "weight", "w", "input_embedding"), WEIGHT)
@@ -137,6 +136,7 @@ def locate(leaves: Mapping[str, Any], names: Names) -> dict[str, Place]:
     Raises:
       ValueError: A path matches several entries, an entry does not fit the leaf's shape, or two leaves get one tensor.
 
+    >>> import numpy as np
     >>> names = [(r".*layers(?:_(?P<layer>\\d+))?/(up|down)", r"layers.{layer}.\\2_proj", "linear")]
     >>> locate({"layers_3/up/kernel": np.ones((4, 8))}, names)["layers_3/up/kernel"].tensors
     {(): 'layers.3.up_proj.weight'}
@@ -159,7 +159,7 @@ def locate(leaves: Mapping[str, Any], names: Names) -> dict[str, Place]:
                 )
             if number is not None:
                 known[number] = path
-    for tensor, known in parts.items():
+    for known in parts.values():
         start, whole = 0, sum(_outputs(places[path]) for path in known.values())
         for number in sorted(known):
             place = places[known[number]]
@@ -172,6 +172,7 @@ def locate(leaves: Mapping[str, Any], names: Names) -> dict[str, Place]:
 def arrange(x: Any, axes: Sequence[str], groups: Groups) -> Any:
     """An array with named axes in the dimensions that groups of them make; an empty group is one of size 1.
 
+    >>> import numpy as np
     >>> arrange(np.zeros((4, 2, 3)), ["in", "heads", "width"], (("heads", "width"), ("in",))).shape
     (6, 4)
     """
@@ -183,6 +184,7 @@ def arrange(x: Any, axes: Sequence[str], groups: Groups) -> Any:
 def restore(x: Any, groups: Groups, axes: Sequence[str], sizes: Mapping[str, int]) -> Any:
     """The inverse of `arrange`.
 
+    >>> import numpy as np
     >>> restore(
     ...     np.zeros((6, 4)), (("heads", "width"), ("in",)), ["in", "heads", "width"], {"in": 4, "heads": 2, "width": 3}
     ... ).shape
@@ -240,14 +242,12 @@ def _place(path: str, shape: tuple[int, ...], names: Names) -> tuple[Place, int 
     stacked = [axis for axis in axes if axis in pending]
     modules = {}
     for index in itertools.product(*(range(sizes[axis]) for axis in stacked)):
-        words = {
-            axis: choices[i] if (choices := pending[axis]) else str(i) for axis, i in zip(stacked, index, strict=True)
-        }
-        modules[index] = re.sub(BLANK, lambda blank: {**given, **words}[blank[1]], template)
+        words = dict(given)
+        for axis, i in zip(stacked, index, strict=True):
+            choices = pending[axis]
+            words[axis] = choices[i] if choices else str(i)
+        modules[index] = re.sub(BLANK, lambda blank, words=words: words[blank[1]], template)
     return Place(shape, axes, role, layout, modules), int(part) if part else None
-
-
-BLANK = r"\{(\w+)(?::([^}]*))?\}"
 
 
 def _outputs(place: Place) -> int:
