@@ -8,7 +8,7 @@ from typing import Any
 from lora_jax.formats.names import BARE
 from lora_jax.formats.peft.factors import TYPES
 from lora_jax.formats.peft.modules import Module
-from lora_jax.formats.peft.targets import feedforward, patterns, targets
+from lora_jax.formats.peft.targeting import feedforward, patterns, targets
 from lora_jax.variants import IA3, DoRA
 
 NONE = "dummy-target-modules"  # PEFT's word for an adapter that has modules_to_save alone

@@ -23,7 +23,7 @@ from lora_jax.formats.peft.experts import nested
 from lora_jax.formats.peft.factors import TYPES
 from lora_jax.formats.peft.fused import fuse
 from lora_jax.formats.peft.modules import Module, cut
-from lora_jax.formats.peft.targets import saved
+from lora_jax.formats.peft.targeting import saved
 from lora_jax.initial.names import FROM_DATA, named
 from lora_jax.variants import Full, LoRA, LoRAXS
 from lora_jax.variants.base import SHARED
