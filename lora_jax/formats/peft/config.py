@@ -45,9 +45,9 @@ def describe(variants: Mapping[str, LoRA], known: Collection[str]) -> dict[str, 
 
 
 def variant_of(module: str, config: Mapping[str, Any]) -> LoRA:
-    """The variant of a module."""
-    rank = _matched(module, config.get("rank_pattern") or {}, config["r"])
-    alpha = _matched(module, config.get("alpha_pattern") or {}, config["lora_alpha"])
+    """The variant of a module, by a configuration as `targets.resolved` returns it."""
+    rank = config["rank_pattern"].get(module, config["r"])
+    alpha = config["alpha_pattern"].get(module, config["lora_alpha"])
     scaling = "rank_stabilized" if config.get("use_rslora") else "standard"
     return (DoRA if config.get("use_dora") else LoRA)(rank, alpha, scaling, dropout=config.get("lora_dropout", 0.0))
 
@@ -67,11 +67,6 @@ def _patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The commonest value, and a pattern for each module that has another: the whole name, so that no two overlap."""
     ((common, _),) = collections.Counter(values.values()).most_common(1)
     return common, {f"^{re.escape(module)}": value for module, value in values.items() if value != common}
-
-
-def _matched(module: str, patterns: Mapping[str, Any], default: Any) -> Any:
-    """As PEFT looks it up: the first pattern that matches the end of the name, from the start or after a dot."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
 def _number(value: float) -> float:

@@ -17,9 +17,7 @@ from lora_jax.formats import atomic
 from lora_jax.formats.names import Names, arrange, locate
 from lora_jax.formats.peft.config import describe
 from lora_jax.formats.peft.factors import axes, forms
-
-PREFIX = "base_model.model."
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+from lora_jax.formats.peft.read import CONFIG, PREFIX, WEIGHTS
 
 
 def save(
