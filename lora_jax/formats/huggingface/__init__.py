@@ -1,0 +1,28 @@
+"""Hugging Face checkpoints: every tensor of the files goes into exactly one parameter, or nothing is loaded.
+
+A model brings a few short lists (see `lora_jax.models.bert`), and this package does the rest, one tensor at a time:
+
+- names: where its leaves are in their modules (see `lora_jax.formats.names`);
+- renames: (their spelling, the spelling that `names` uses), for prefixes and for older spellings;
+- ignored: their tensors that carry nothing to learn, such as the constant `position_ids`;
+- tied: (a tensor that may be written though it is another, that other), such as the head of tied embeddings.
+"""
+
+from lora_jax.formats.huggingface.checkpoint import Checkpoint, open_checkpoint
+from lora_jax.formats.huggingface.directory import download
+from lora_jax.formats.huggingface.exporting import export, save, write
+from lora_jax.formats.huggingface.filling import fill
+from lora_jax.formats.huggingface.tensors import CheckpointError, Lazy, Tensor
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Lazy",
+    "Tensor",
+    "download",
+    "export",
+    "fill",
+    "open_checkpoint",
+    "save",
+    "write",
+]
