@@ -45,7 +45,7 @@ def describe(variants: Mapping[str, LoRA], known: Collection[str]) -> dict[str, 
 
 
 def variant_of(module: str, config: Mapping[str, Any]) -> LoRA:
-    """The variant of a module, by a configuration as `targets.resolved` returns it."""
+    """The variant of a module, by a configuration as `selection.resolved` returns it."""
     rank = config["rank_pattern"].get(module, config["r"])
     alpha = config["alpha_pattern"].get(module, config["lora_alpha"])
     scaling = "rank_stabilized" if config.get("use_rslora") else "standard"

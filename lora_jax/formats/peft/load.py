@@ -16,7 +16,7 @@ from lora_jax.formats.names import WEIGHT, Groups, Names, Place, locate, restore
 from lora_jax.formats.peft.config import variant_of
 from lora_jax.formats.peft.factors import axes, forms
 from lora_jax.formats.peft.read import read
-from lora_jax.formats.peft.targets import resolved
+from lora_jax.formats.peft.selection import resolved
 from lora_jax.variants.base import RANK, Variant
 
 

@@ -17,7 +17,7 @@ from lora_jax.formats import atomic
 from lora_jax.formats.names import Names, arrange, locate
 from lora_jax.formats.peft.config import describe
 from lora_jax.formats.peft.factors import axes, forms
-from lora_jax.formats.peft.read import CONFIG, PREFIX, WEIGHTS
+from lora_jax.formats.peft.read import CONFIG, PREFIX, WEIGHTS, sealed
 
 
 def save(
@@ -54,6 +54,6 @@ def save(
     config = describe(variants, known)
     directory = Path(directory)
     directory.mkdir(exist_ok=True)
-    atomic.write(directory / WEIGHTS, serialize(tensors, {"format": "pt"}))
+    atomic.write(directory / WEIGHTS, sealed(serialize(tensors, {"format": "pt"}), config))
     atomic.write(directory / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     return directory
