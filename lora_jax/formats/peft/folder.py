@@ -8,8 +8,7 @@ import shutil
 from pathlib import Path
 
 from lora_jax.formats import atomic
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+from lora_jax.formats.peft.read import CONFIG, WEIGHTS
 
 
 def write(directory: Path, config: bytes, weights: bytes) -> None:

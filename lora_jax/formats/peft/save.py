@@ -23,12 +23,11 @@ from lora_jax.formats.peft.experts import nested
 from lora_jax.formats.peft.factors import TYPES
 from lora_jax.formats.peft.fused import fuse
 from lora_jax.formats.peft.modules import Module, cut
+from lora_jax.formats.peft.read import PREFIX, sealed
 from lora_jax.formats.peft.targeting import saved
 from lora_jax.initial.names import FROM_DATA, named
 from lora_jax.variants import Full, LoRA, LoRAXS
 from lora_jax.variants.base import SHARED
-
-PREFIX = "base_model.model."
 
 
 def save(
@@ -83,7 +82,7 @@ def save(
         raise ValueError(f"{directory}: {error}") from error
     config |= {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    folder.write(directory, text.encode(), serialize(tensors, {"format": "pt"}))
+    folder.write(directory, text.encode(), sealed(serialize(tensors, {"format": "pt"}), config))
     return directory
 
 

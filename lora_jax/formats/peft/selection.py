@@ -1,4 +1,4 @@
-"""Targets: that a folder has tensors for the modules which its configuration selects, each of them, and no others."""
+"""Selection: that a folder has tensors for the modules which its configuration selects, each of them, and no others."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def resolved(config: Mapping[str, Any], tensors: Iterable[str], kinds: Mapping[s
 
 def _expected(config: Mapping[str, Any], kinds: Mapping[str, str]) -> set[str]:
     """The modules that would have adapters, with what they wrap where a module has several parameters that do."""
-    modules = [name for name, kind in kinds.items() if kind != "experts"]
+    modules = [name for name, kind in kinds.items() if "experts" not in kind]
     if _all_linear(config.get("target_modules")):
         linear = [name for name in modules if kinds[name] in ("linear", "conv1d")]
         expected = {*selected({**config, "target_modules": ".*"}, linear)}
     else:
         expected = {*selected(config, modules)}
-    parameters = [name for name, kind in kinds.items() if kind == "experts"]
+    parameters = [name for name, kind in kinds.items() if "experts" in kind]
     for name in fitting(config.get("target_parameters") or [], parameters):
         module = name.rpartition(".")[0]
         while module in expected:
@@ -75,7 +75,7 @@ def _expected(config: Mapping[str, Any], kinds: Mapping[str, str]) -> set[str]:
 def _wrapped(kinds: Mapping[str, str]) -> Iterable[str]:
     """The names under which the model's modules may have adapters."""
     for name, kind in kinds.items():
-        module = name.rpartition(".")[0] if kind == "experts" else name
+        module = name.rpartition(".")[0] if "experts" in kind else name
         yield from (module, module + BASE)
 
 
