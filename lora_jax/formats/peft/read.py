@@ -113,12 +113,10 @@ def _json(path: Path) -> Any:
     def refused(constant: str) -> Any:
         raise ValueError(f"{constant} is no number")
 
-    with open(path, "rb") as file:
-        text = file.read(LARGEST + 1)
-    if len(text) > LARGEST:
+    if path.stat().st_size > LARGEST:
         raise ValueError(f"it is larger than {LARGEST // 2**20} MiB, and no configuration")
     try:
-        return json.loads(text.decode(), object_pairs_hook=unique, parse_constant=refused)
+        return json.loads(path.read_bytes().decode(), object_pairs_hook=unique, parse_constant=refused)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it is no JSON ({shown(error)}): copy it again") from error
 
@@ -130,7 +128,7 @@ def _tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             names, metadata = sorted(file.keys()), file.metadata() or {}
             for name in names:
                 if (dtype := file.get_slice(name).get_dtype()) not in DTYPES:
-                    raise ValueError(f"{shown(name)} is {dtype}, and adapters are {', '.join(DTYPES)}: convert it")
+                    raise ValueError(f"{name[:200]!r} is {dtype}, and adapters are {', '.join(DTYPES)}: convert it")
             tensors = {name: file.get_tensor(name) for name in names}
     except safetensors.SafetensorError as error:
         raise ValueError(f"no whole safetensors file ({shown(error)}): copy it again") from error
@@ -138,14 +136,14 @@ def _tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         raise ValueError("it holds no tensors")
     for name, x in tensors.items():
         if not np.isfinite(x).all():
-            raise ValueError(f"{shown(name)} has values that are not finite: save the adapter of a step before")
+            raise ValueError(f"{name[:200]!r} has values that are not finite: save the adapter of a step before")
     return tensors, metadata
 
 
 def _module_name(name: str) -> str:
     if not name.startswith((PREFIX, *SHARED)) or name.removeprefix(PREFIX) in SHARED:
         raise ValueError(
-            f"{shown(name)} does not begin with '{PREFIX}', as PEFT's tensors do, and would be ignored there: save "
+            f"{name[:200]!r} does not begin with '{PREFIX}', as PEFT's tensors do, and would be ignored there: save "
             "the folder with PEFT's save_pretrained, or rename its tensors"
         )
     return name.removeprefix(PREFIX)
