@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peft_reference
-from peft_reference import MODELS, recorded
 from safetensors.numpy import load_file
 
 from lora_jax.formats.peft import load
@@ -29,7 +28,11 @@ NAMES = {
         (r"(transformer.wpe)", r"\1", "embedding"),
     ],
     "conv": [(r"(first|second|third)", r"\1", "conv"), (r"(classifier)", r"\1", "linear")],
-    "moe": [(r"(router)", r"\1", "linear"), (r"experts\.(gate_up_proj)", r"experts.\1", "experts"), (r"experts\.(down_proj)", r"experts.\1", "experts")],
+    "moe": [
+        (r"(router)", r"\1", "linear"),
+        (r"experts\.(gate_up_proj)", r"experts.\1", "experts"),
+        (r"experts\.(down_proj)", r"experts.\1", "experts"),
+    ],
 }
 NAMES["tied"] = NAMES["llama"]
 

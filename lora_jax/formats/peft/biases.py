@@ -17,7 +17,10 @@ LORA_BIAS = ".lora_B.bias"
 
 
 def scaled_by_ia3(
-    lora_params: Mapping[str, Adapter], modules: Mapping[str, Module], places: Mapping[str, Place], leaves: Mapping[str, Any]
+    lora_params: Mapping[str, Adapter],
+    modules: Mapping[str, Module],
+    places: Mapping[str, Place],
+    leaves: Mapping[str, Any],
 ) -> LoraParams:
     """The adapters without those biases that PEFT's IA³ makes itself, as it scales a layer's outputs with their bias.
 
@@ -69,7 +72,9 @@ def resolve(
         try:
             before = tensor(bias, owners, places, {}, leaves) if given is None else given
         except ValueError as error:
-            raise ValueError(f"the file changes '{bias}', whose values are not known: give params with values") from error
+            raise ValueError(
+                f"the file changes '{bias}', whose values are not known: give params with values"
+            ) from error
         tensors[module + BASE_BIAS] = by(before)
 
     for module, variant in variants.items():

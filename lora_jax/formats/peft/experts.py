@@ -43,7 +43,9 @@ def nested(adapted: Collection[str], places: Mapping[str, Place], names: Names) 
     return found
 
 
-def unnested(tensors: Mapping[str, Any], adapted: Collection[str], places: Mapping[str, Place], names: Names) -> dict[str, Any]:
+def unnested(
+    tensors: Mapping[str, Any], adapted: Collection[str], places: Mapping[str, Place], names: Names
+) -> dict[str, Any]:
     """Tensors by name with those of parameters named after these; the inverse of what `nested` says."""
     theirs = {name: ours for ours, name in nested(adapted, places, names).items()}
     found = {}

@@ -138,6 +138,8 @@ def _form(suffix: str, dimensions: str, own: Iterable[str], place: Place) -> For
         parts = [(word, group) for word in (several or single).split() for group in sides[word]]
         words += [word for word, _ in parts]
         # Of an axis that a variant splits, a factor has a half; an axis that it does not have is none of its own.
-        groups += [tuple(axis for root in group for axis in own if axis.partition(".")[0] == root) for _, group in parts]
+        groups += [
+            tuple(axis for root in group for axis in own if axis.partition(".")[0] == root) for _, group in parts
+        ]
         numbers += [len(parts)] if several else [1] * len(parts)
     return Form(suffix, tuple(words), tuple(groups), tuple(numbers))

@@ -143,7 +143,9 @@ def taken(tensors: dict[str, np.ndarray], places: Mapping[str, Place], leaves: M
         for name in have:
             x = tensors[name]
             if x.shape != place.theirs:
-                raise ValueError(f"'{name}' has shape {x.shape}, and '{path}' makes it {place.theirs}: not of this model")
+                raise ValueError(
+                    f"'{name}' has shape {x.shape}, and '{path}' makes it {place.theirs}: not of this model"
+                )
             if place.part is not None:
                 dim = place.groups.index(place.layout.side("o")[0])
                 x = x.take(range(*place.part[:2]), axis=dim)

@@ -49,9 +49,7 @@ def fuse(name: str, parts: Sequence[Module]) -> Module:
         where[out], where[rank_b] = slice(start, stop), slice(None) if shared else slice(at, at + variant.rank)
         factors["B"][tuple(where)] = scaled(part.factors["B"], variant.scale / variants[0].scale)
         at += variant.rank
-    factors["A"] = (
-        first.factors["A"] if shared else np.concatenate([part.factors["A"] for part in parts], axis=rank_a)
-    )
+    factors["A"] = first.factors["A"] if shared else np.concatenate([part.factors["A"] for part in parts], axis=rank_a)
     if "magnitude" in first.factors:
         axis = first.forms["magnitude"].words.index("out")
         factors["magnitude"] = np.concatenate([part.factors["magnitude"] for part in parts], axis=axis)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,11 +15,12 @@ from lora_jax.factors import Adapter, LoraParams
 from lora_jax.formats.names import BARE, WEIGHT, Names, Place, locate
 from lora_jax.formats.peft import adalora, biases, full, vera
 from lora_jax.formats.peft.experts import unnested
-from lora_jax.formats.peft.factors import MAGNITUDE, Form, axes, forms, merged
+from lora_jax.formats.peft.factors import MAGNITUDE, axes, forms, merged
 from lora_jax.formats.peft.fused import parted, same_bits
 from lora_jax.formats.peft.modules import joined, shape_of
+from lora_jax.formats.peft.patterns import fitting
 from lora_jax.formats.peft.read import read
-from lora_jax.formats.peft.save import PREFIX
+from lora_jax.formats.peft.selection import resolved
 from lora_jax.formats.peft.variants import KINDS, variant_of
 from lora_jax.variants import AdaLoRA, DoRA, LoRA
 
@@ -43,20 +43,21 @@ def load(directory: str | os.PathLike[str], params: Any, names: Names) -> LoraPa
     Raises:
       ValueError: A tensor has no place in the model, or a module lacks one.
     """
-    directory = Path(directory)
     config, tensors = read(directory)
     try:
         return _adapters(config, tensors, tree.flatten(params)[0], names)
     except ValueError as error:
-        raise ValueError(f"{directory}: {error}") from error
+        raise ValueError(f"'{directory}': {error}") from error
 
 
 def _adapters(config: Mapping[str, Any], tensors: Tensors, leaves: Mapping[str, Any], names: Names) -> LoraParams:
     places = locate(leaves, names)
-    bare = {name for place in places.values() if place.layout.kind in BARE for name in place.modules.values()}
-    targeted = {name for name in bare if _ends(name, config.get("target_parameters") or [])}
+    weights = [place for place in places.values() if place.role == WEIGHT]
+    kinds = {module: place.layout.kind for place in weights for module in place.modules.values()}
+    kinds |= {place.tied: "linear" for place in weights if place.tied}
+    config = resolved(config, tensors, kinds)
+    targeted = fitting(config.get("target_parameters") or [], [name for name, kind in kinds.items() if kind in BARE])
     old = f"{MAGNITUDE}.weight"  # as earlier versions had it
-    tensors = {name.removeprefix(PREFIX): x for name, x in tensors.items()}
     tensors = {name.removesuffix(".weight") if name.endswith(old) else name: x for name, x in tensors.items()}
     tensors = unnested(tensors, targeted, places, names)
     _drop_base(tensors, places, leaves)
@@ -202,12 +203,10 @@ def _drop_base(tensors: Tensors, places: Mapping[str, Place], leaves: Mapping[st
         except ValueError as error:
             raise ValueError(f"'{name}' is the base's, to be compared with params: give them with values") from error
         if not same_bits(ours.astype(tensors[name].dtype), tensors[name]):
-            raise ValueError(f"'{name}' is another than the model's: load the weights that the adapter was trained with")
+            raise ValueError(
+                f"'{name}' is another than the model's: load the weights that the adapter was trained with"
+            )
         del tensors[name]
-
-
-def _ends(name: str, targets: list[str]) -> bool:
-    return any(f".{name}".endswith(f".{target}") for target in targets)
 
 
 def _ordered(adapters: LoraParams, leaves: Mapping[str, Any]) -> list[str]:

@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from safetensors.numpy import save as serialize
 
 from lora_jax import tree
-from lora_jax.factors import Adapter, LoraParams, together
+from lora_jax.factors import Adapter, together
 from lora_jax.formats import description
 from lora_jax.formats.names import BARE, Names, Place, locate
 from lora_jax.formats.peft import adalora, biases, folder, full, portable, vera
@@ -72,7 +71,9 @@ def save(
     >>> params = {"head": {"kernel": jnp.ones((8, 4))}}
     >>> _, lora_params = lora.split(jax.random.key(0), params, {".*": lora.LoRA(rank=2)})
     >>> with tempfile.TemporaryDirectory() as directory:
-    ...     sorted(path.name for path in save(f"{directory}/new", lora_params, [("head", "lm_head", "linear")]).iterdir())
+    ...     sorted(
+    ...         path.name for path in save(f"{directory}/new", lora_params, [("head", "lm_head", "linear")]).iterdir()
+    ...     )
     ['adapter_config.json', 'adapter_model.safetensors']
     """
     directory = Path(directory)
@@ -110,7 +111,9 @@ def _contents(
     if kind == {"ADALORA"}:
         modules, ranks = adalora.alike(modules)
     lora_params = biases.scaled_by_ia3(lora_params, modules, places, leaves)
-    known = {name for place in places.values() for name in (*place.modules.values(), place.tied) if name} if leaves else {}
+    known = (
+        {name for place in places.values() for name in (*place.modules.values(), place.tied) if name} if leaves else {}
+    )
     known = {*known, *(name.rsplit(".", i)[0] for name in known for i in range(1, name.count(".") + 1))}
     config = describe(modules, known)
     done = full.written(lora_params, places, leaves, modules, config["peft_type"])

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.formats.peft.config import feeds_forward, matched
 from lora_jax.formats.peft.describe import EPSILON, snapped
+from lora_jax.formats.peft.patterns import feedforward
 from lora_jax.variants import IA3, AdaLoRA, DoRA, LoHa, LoKr, LoRA, VeRA
 from lora_jax.variants.base import Variant
 
@@ -27,24 +27,25 @@ def variant_of(module: str, config: Mapping[str, Any], dtype: str) -> Variant:
 
     Args:
       module: Its name; a bare parameter's own.
-      config: What adapter_config.json holds.
+      config: As `selection.resolved` returns it.
       dtype: That of its tensors.
 
-    >>> variant_of("h.0.q", {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "rank_pattern": {"^h\\\\.0\\\\.q": 2}}, "float32")
+    >>> config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "rank_pattern": {"h.0.q": 2}, "alpha_pattern": {}}
+    >>> variant_of("h.0.q", config, "float32")
     LoRA(rank=2, alpha=8.0, scaling='standard', init='normal', dtype='float32', dropout=0.0)
     """
     kind = config["peft_type"]
     if kind == "IA3":
-        return IA3("in" if feeds_forward(module, config) else "out", dtype)
+        return IA3("in" if feedforward(config, [module]) else "out", dtype)
     if kind == "VERA":
         return VeRA(config["r"], dtype=dtype, dropout=config.get("vera_dropout", 0.0))
     if kind == "ADALORA":
         rank = config["init_r"]
         alpha = snapped(config["lora_alpha"] * rank / (rank + EPSILON))
         return AdaLoRA(rank, _alpha(alpha, rank), dtype=dtype, dropout=config.get("lora_dropout", 0.0))
-    rank = matched(module, config.get("rank_pattern") or {}, config["r"])
+    rank = config["rank_pattern"].get(module, config["r"])
     alpha = config["lora_alpha"] if kind == "LORA" else config["alpha"]
-    alpha = _alpha(matched(module, config.get("alpha_pattern") or {}, alpha), rank)
+    alpha = _alpha(config["alpha_pattern"].get(module, alpha), rank)
     if kind == "LOHA":
         return LoHa(rank, alpha, dtype=dtype)
     if kind == "LOKR":
