@@ -66,3 +66,59 @@ def _places(tree):
         yield tree, key
         if isinstance(tree[key], dict | list):
             yield from _places(tree[key])
+
+
+def damaged_folder(rng, files):
+    """Those of an adapter folder's two files that changed, as PEFT names them.
+
+    Args:
+      rng: A `random.Random`.
+      files: The bytes of adapter_config.json and adapter_model.safetensors by name.
+    """
+    config, weights = files
+    if rng.randrange(2):
+        if rng.randrange(3) == 0:
+            return {**files, config: _torn(rng, files[config])}
+        fields = json.loads(files[config])
+        for _ in range(rng.choice((1, 1, 2))):
+            _change(rng, fields)
+        return {**files, config: json.dumps(fields).encode()}
+    content = files[weights]
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    kind = rng.randrange(5)
+    if kind == 0:
+        return {**files, weights: _torn(rng, content)}
+    names = [name for name in header if name != "__metadata__"]
+    one, other = rng.choice(names), rng.choice(names)
+    if kind == 1:  # renamed, moved, or there for another
+        new = rng.choice((other, one + "x", one.removeprefix("base_model."), one.replace("lora_A", "lora_B"), ""))
+        header[new] = header.pop(one)
+    elif kind == 2:
+        header[one], header[other] = header[other], header[one]
+    elif kind == 3:
+        _change(rng, header)
+    else:  # numbers that are none
+        begin, end = header[one]["data_offsets"]
+        at = 8 + size + rng.randrange(begin, end, 4)
+        content = (
+            content[:at] + struct.pack("<f", rng.choice((float("nan"), float("inf"), 0.0, 1e38))) + content[at + 4 :]
+        )
+    entries = [*header.items()]
+    rng.shuffle(entries)
+    text = json.dumps(dict(entries)).encode()
+    return {**files, weights: struct.pack("<Q", len(text)) + text + content[8 + size :]}
+
+
+def _torn(rng, content):
+    """Bytes that are cut off, have some bits turned, or a part lost or there twice."""
+    kind, begin = rng.randrange(3), rng.randrange(len(content))
+    if kind == 0:
+        return content[:begin]
+    if kind == 1:
+        changed = bytearray(content)
+        for _ in range(rng.choice((1, 1, 2, 8))):
+            changed[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        return bytes(changed)
+    length = rng.randrange(1, 40)
+    return content[:begin] + rng.choice((b"", 2 * content[begin : begin + length])) + content[begin + length :]

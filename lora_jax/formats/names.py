@@ -6,9 +6,11 @@ A model brings a tuple of (pattern, template, layout), for weights and adapters 
 - template: their module, `\\1` from the pattern and `{layer}` from its group of this name. Where no such group matched,
   `layer` is a leading axis of ours, and each of its entries a module of theirs: so one entry serves a model whether its
   layers are stacked or not. `{part:k_proj,v_proj}` is an axis whose entries have these names. `qkv_proj[1]`: ours are
-  the outputs of theirs from where those of `[0]` end;
-- layout: "linear", "conv1d" (transformers' linear layer of this name), "conv", "embedding", "vector", "experts"; or
-  one of these with axes, as einops has them: "linear: in heads width -> (heads width) in".
+  the outputs of theirs from where those of `[0]` end. `embed_tokens=lm_head`: an embedding of ours that is also their
+  linear layer lm_head, where no leaf of ours is that by itself;
+- layout: "linear", "conv1d" (transformers' linear layer of this name), "conv", "embedding", "vector", "experts" and
+  "transposed_experts" (bare parameters; the latter of modules that say `is_transposed`); or one of these with axes, as
+  einops has them: "linear: in heads width -> (heads width) in".
 """
 
 from __future__ import annotations
@@ -34,8 +36,10 @@ KINDS = {
     "conv": ("height width in out -> out in height width", "oi", "conv"),
     "embedding": ("in out -> in out", "io", "embedding"),
     "experts": ("expert in out -> expert out in", "boi", "linear"),
+    "transposed_experts": ("expert in out -> expert in out", "bio", "linear"),
     "vector": ("out -> out", "o", "other"),
 }
+BARE = ("experts", "transposed_experts")
 BLANK = r"\{(\w+)(?::([^}]*))?\}"  # of a template
 # The last part of a leaf's path, in Flax, Haiku, Equinox or Tunix, and Hugging Face's name for it.
 WEIGHT, BIAS = "weight", "bias"
@@ -73,6 +77,7 @@ class Place:
       layout: That of the module's weight.
       modules: Their module for each index along `stacked`; under `()` alone where the leaf is in one.
       part: Of the module's outputs, (the first, the one after the last, their number); None where the leaf has all.
+      tied: Another module of theirs that the leaf is, turned; None where there is none, or where another leaf is that.
     """
 
     shape: tuple[int, ...]
@@ -81,6 +86,7 @@ class Place:
     layout: Layout
     modules: Mapping[tuple[int, ...], str]
     part: tuple[int, int, int] | None = None
+    tied: str | None = None
 
     @property
     def groups(self) -> Groups:
@@ -101,7 +107,7 @@ class Place:
     @property
     def tensors(self) -> dict[tuple[int, ...], str]:
         """The name of their tensor for each index along `stacked`; experts are parameters of no module of their own."""
-        suffix = "" if self.layout.kind == "experts" and self.role == WEIGHT else f".{self.role}"
+        suffix = "" if self.layout.kind in BARE and self.role == WEIGHT else f".{self.role}"
         return {index: module + suffix for index, module in self.modules.items()}
 
     @property
@@ -166,7 +172,8 @@ def locate(leaves: Mapping[str, Any], names: Names) -> dict[str, Place]:
             stop = start + _outputs(place)
             places[known[number]] = dataclasses.replace(place, part=(start, stop, whole))
             start = stop
-    return places
+    known = {module for place in places.values() for module in place.modules.values()}
+    return {path: dataclasses.replace(p, tied=None) if p.tied in known else p for path, p in places.items()}
 
 
 def arrange(x: Any, axes: Sequence[str], groups: Groups) -> Any:
@@ -229,7 +236,8 @@ def _place(path: str, shape: tuple[int, ...], names: Names) -> tuple[Place, int 
     ((match, template, layout),) = matches
     role, layout = ROLES[last], parse(layout)
     given = {name: value for name, value in match.groupdict().items() if value is not None}
-    template, _, part = match.expand(template).rstrip("]").partition("[")
+    template, _, tied = match.expand(template).partition("=")
+    template, _, part = template.rstrip("]").partition("[")
     blanks = {name: choices.split(",") if choices else None for name, choices in re.findall(BLANK, template)}
     pending = {name: choices for name, choices in blanks.items() if name not in given}
     inside = {axis for group in (layout.theirs if role == WEIGHT else layout.side("o")) for axis in group}
@@ -247,7 +255,7 @@ def _place(path: str, shape: tuple[int, ...], names: Names) -> tuple[Place, int 
             choices = pending[axis]
             words[axis] = choices[i] if choices else str(i)
         modules[index] = re.sub(BLANK, lambda blank, words=words: words[blank[1]], template)
-    return Place(shape, axes, role, layout, modules), int(part) if part else None
+    return Place(shape, axes, role, layout, modules, tied=tied or None), int(part) if part else None
 
 
 def _outputs(place: Place) -> int:

@@ -60,8 +60,10 @@ def _exported(path: str, before: Mapping[str, Any], after: Mapping[str, Any], ad
             found = f"a leaf of shape {leaves[path].shape}" if path in leaves else "no leaf"
             raise ValueError(f"{path!r}: {name} has {found} there, and the adapter is for {adapter.site.shape}")
     old, new, variant = before[path], after[path], adapter.variant
+    if isinstance(variant, LoRA):  # of the base as it was, they are no longer what it has less
+        variant = dataclasses.replace(variant, init="normal")
     if bool((jnp.asarray(old) == jnp.asarray(new)).all()):
-        return adapter
+        return dataclasses.replace(adapter, variant=variant)
     if not isinstance(variant, LoRA) or {*adapter.factors} != {"A", "B"}:
         raise ValueError(
             f"{path!r}: params and frozen differ, and of {type(variant).__name__} with factors "

@@ -8,6 +8,8 @@ Source: `peft.tuners.*.config` of PEFT 0.21, and of its releases from 0.3 on, wh
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -28,7 +30,7 @@ KINDS = {
     "ranks": ("ranks by pattern", lambda x: _is_dict(x, lambda r: type(r) is int and r >= 1)),
     "alphas": ("numbers by pattern", lambda x: _is_dict(x, _is_number)),
     "masks": ("lists of booleans by tensor", lambda x: _is_dict(x, lambda y: _is_list(y, _is_flag))),
-    "bias": ("none, all or lora_only", lambda x: x in ("none", "all", "lora_only")),
+    "bias": ("none, all, lora_only or vera_only", lambda x: x in ("none", "all", "lora_only", "vera_only")),
     "initial": ("true, false, or the name of an initialization", lambda x: type(x) in (bool, str)),
     "off": ("off", lambda x: x is False or x in ("", [], {})),
     "any": ("anything", lambda x: True),  # says nothing of the function that an adapter makes of its base
@@ -171,6 +173,19 @@ def understood(config: Any) -> dict[str, Any]:
     config = {name: _default(field) for name, field in known.items()} | config
     _check_initial(config)
     return config
+
+
+def seal(config: Mapping[str, Any]) -> str:
+    """A digest of what a configuration says of the adapter, but not of its defaults, nor of what says nothing of it.
+
+    >>> config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
+    >>> seal(config) == seal({**config, "task_type": "CAUSAL_LM"}) != seal({**config, "lora_alpha": 32})
+    True
+    """
+    known = TYPES[config["peft_type"]]
+    values = {name: value for name, value in understood(config).items() if name in known and known[name].kind != "any"}
+    meant = {name: value for name, value in values.items() if value != _default(known[name])}
+    return hashlib.sha256(json.dumps([config["peft_type"], meant], sort_keys=True).encode()).hexdigest()
 
 
 def _refuse(name: str, value: Any, field: Field) -> None:

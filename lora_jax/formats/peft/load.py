@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import tree
 from lora_jax.factors import Adapter, LoraParams
-from lora_jax.formats.description import shown
-from lora_jax.formats.names import WEIGHT, Groups, Names, Place, locate, restore
-from lora_jax.formats.peft.config import variant_of
-from lora_jax.formats.peft.factors import axes, forms
+from lora_jax.formats.names import BARE, WEIGHT, Names, Place, locate
+from lora_jax.formats.peft import adalora, biases, full, vera
+from lora_jax.formats.peft.experts import unnested
+from lora_jax.formats.peft.factors import MAGNITUDE, axes, forms, merged
+from lora_jax.formats.peft.fused import parted, same_bits
+from lora_jax.formats.peft.modules import joined, shape_of
+from lora_jax.formats.peft.patterns import fitting
 from lora_jax.formats.peft.read import read
-from lora_jax.formats.peft.targets import resolved
-from lora_jax.variants.base import RANK, Variant
+from lora_jax.formats.peft.selection import resolved
+from lora_jax.formats.peft.variants import KINDS, variant_of
+from lora_jax.variants import AdaLoRA, DoRA, LoRA
+
+Tensors = dict[str, np.ndarray]
+BASE = ".base_layer.weight"
 
 
 def load(directory: str | os.PathLike[str], params: Any, names: Names) -> LoraParams:
@@ -25,7 +33,8 @@ def load(directory: str | os.PathLike[str], params: Any, names: Names) -> LoraPa
 
     Args:
       directory: The folder.
-      params: The model's parameters, or their shapes.
+      params: The model's parameters, or their shapes: the values are needed where the file has biases that PEFT adds to
+        or scales, or a copy of the base's table.
       names: The model's name map.
 
     Returns:
@@ -35,62 +44,172 @@ def load(directory: str | os.PathLike[str], params: Any, names: Names) -> LoraPa
       ValueError: A tensor has no place in the model, or a module lacks one.
     """
     config, tensors = read(directory)
-    places = locate(tree.flatten(params)[0], names)
     try:
-        return _loaded(config, tensors, places)
+        return _adapters(config, tensors, tree.flatten(params)[0], names)
     except ValueError as error:
         raise ValueError(f"'{directory}': {error}") from error
 
 
-def _loaded(config: dict[str, Any], tensors: dict[str, np.ndarray], places: dict[str, Place]) -> LoraParams:
+def _adapters(config: Mapping[str, Any], tensors: Tensors, leaves: Mapping[str, Any], names: Names) -> LoraParams:
+    places = locate(leaves, names)
     weights = [place for place in places.values() if place.role == WEIGHT]
     kinds = {module: place.layout.kind for place in weights for module in place.modules.values()}
-    config, lora_params = resolved(config, tensors, kinds), LoraParams()
+    kinds |= {place.tied: "linear" for place in weights if place.tied}
+    config = resolved(config, tensors, kinds)
+    targeted = fitting(config.get("target_parameters") or [], [name for name, kind in kinds.items() if kind in BARE])
+    old = f"{MAGNITUDE}.weight"  # as earlier versions had it
+    tensors = {name.removesuffix(".weight") if name.endswith(old) else name: x for name, x in tensors.items()}
+    tensors = unnested(tensors, targeted, places, names)
+    _drop_base(tensors, places, leaves)
+    # A part's module is read by several leaves.
+    adapters, variants, used = LoraParams(), dict[str, Any](), set[str]()
     for path, place in places.items():
-        if not place.site().adaptable:
+        if place.role != WEIGHT or not place.site().adaptable:
             continue
-        variants = {variant_of(module, config) for module in place.modules.values() if _adapted(module, tensors)}
-        if not variants:
-            continue
-        if len(variants) > 1:
-            raise ValueError(
-                f"it gives the layers of '{path}' different variants, {variants}, which are one array here"
-            )
-        (variant,) = variants
-        lora_params[path] = _adapter(variant, place, tensors)
+        try:
+            adapter = _adapter(config, tensors, place, places, variants, used)
+        except ValueError as error:
+            raise ValueError(f"'{path}': {error}") from error
+        if adapter is not None:
+            if not jnp.issubdtype(leaves[path].dtype, jnp.floating):
+                raise ValueError(f"'{path}' is {leaves[path].dtype}, which no adapter is for: give the model dequantized")
+            adapters[path] = adapter
+    biases.resolve(tensors, variants, places, leaves)
+    for name in used:
+        del tensors[name]
+    adapters |= full.taken(tensors, places, leaves)
+    if config["peft_type"] == "VERA" and adapters:
+        sites = [adapter.site for adapter in adapters.values() if adapter.variant.shared]
+        (variant,) = {adapter.variant for adapter in adapters.values() if adapter.variant.shared}
+        adapters |= vera.pool(variant, tensors, sites)  # pyright: ignore[reportArgumentType]
     if tensors:
-        raise ValueError(f"tensors that have no place in the model: {', '.join(map(shown, sorted(tensors)[:5]))}")
-    return lora_params
+        found = ", ".join(sorted(tensors)[:5])
+        raise ValueError(f"tensors that have no place in the model: {found}{tree.close_to(found, places)}")
+    return jax.tree.map(jnp.asarray, LoraParams({path: adapters[path] for path in _ordered(adapters, leaves)}))
 
 
-def _adapted(module: str, tensors: dict[str, np.ndarray]) -> bool:
-    return any(name.startswith(f"{module}.lora_") for name in tensors)
-
-
-def _adapter(variant: Variant, place: Place, tensors: dict[str, np.ndarray]) -> Adapter:
-    """The adapter of a leaf, whose tensors are taken out of the dict."""
-    factors, own = {}, axes(variant, place)
-    for factor, form in forms(variant, place).items():
-        inside = [axis for axis in own[factor] if axis not in place.stacked]
-        sizes = {**place.sizes, RANK: variant.rank}
-        parts = []
-        for module in place.modules.values():
-            parts.append(
-                restore(_taken(tensors, f"{module}.{form.suffix}", form.groups, sizes), form.groups, inside, sizes)
+def _adapter(
+    config: Mapping[str, Any],
+    tensors: Tensors,
+    place: Place,
+    places: Mapping[str, Place],
+    variants: dict[str, Any],
+    used: set[str],
+) -> Adapter | None:
+    """The adapter of a leaf, if it has one; notes its modules' variants, and the tensors that it is made of."""
+    parts, own = {}, {}
+    for index, module in place.modules.items():
+        variant = _variant(module, config, tensors)
+        if variant is None:
+            continue
+        variants[module] = variant
+        factors = _factors(module, variant, place, config, tensors, used)
+        if place.tied:
+            _check_tied(module, factors, variant, place, config, tensors, used)
+        if place.part is not None:
+            others = [p for p in places.values() if p.role == WEIGHT and module in p.modules.values()]
+            if not isinstance(variant, LoRA | DoRA):
+                raise ValueError(f"'{module}' is made of several leaves, and {type(variant).__name__} is none of each")
+            part = parted(variant, forms(variant, place.site(), place), factors, place, others)
+            if part is None:
+                continue
+            variant, factors = part
+        parts[index], own[index] = factors, variant
+    if not parts:
+        if place.tied and _variant(place.tied, config, tensors) is not None:
+            raise ValueError(
+                f"'{place.tied}' is adapted, and in this model it is one leaf with '{next(iter(place.modules.values()))}', "
+                "which is not: load a model whose head is a leaf of its own"
             )
-        stack = [place.sizes[axis] for axis in place.stacked]
-        factors[factor] = jnp.asarray(np.stack(parts).reshape(*stack, *parts[0].shape) if stack else parts[0])
-    return Adapter(factors, variant, place.site())
+        return None
+    if len(parts) < len(place.modules) or len({*own.values()}) > 1:
+        lacking = [module for index, module in place.modules.items() if index not in parts]
+        why = f"'{lacking[0]}' has no adapter" if lacking else "they have several ranks, alphas or dtypes"
+        raise ValueError(f"it holds several modules, and {why}: load the model with layers that are not stacked")
+    return joined(parts, next(iter(own.values())), place)
 
 
-def _taken(tensors: dict[str, np.ndarray], name: str, groups: Groups, sizes: dict[str, int]) -> np.ndarray:
-    """A tensor, out of the dict, whose shape is what the model and the configuration say."""
-    if name not in tensors:
-        raise ValueError(f"it lacks {shown(name)}: save the adapter again")
-    x, shape = tensors.pop(name), tuple(math.prod(sizes[axis] for axis in group) for group in groups)
-    if x.shape != shape:
+def _variant(module: str, config: Mapping[str, Any], tensors: Tensors) -> Any:
+    """The variant of a module, if a tensor is of its adapter."""
+    prefix = f"{module}.{_PREFIXES[config['peft_type']]}"
+    name = next((name for name in tensors if name.startswith(prefix) and not name.endswith(".bias")), None)
+    return None if name is None else variant_of(module, config, tensors[name].dtype.name)
+
+
+_PREFIXES = {kind: "lora_" for kind in KINDS} | {"VERA": "vera_", "IA3": "ia3_", "LOHA": "hada_", "LOKR": "lokr_"}
+
+
+def _factors(
+    module: str,
+    variant: Any,
+    place: Place,
+    config: Mapping[str, Any],
+    tensors: Tensors,
+    used: set[str],
+    tied: bool = False,
+) -> Tensors:
+    """A module's tensors as factors, with dimensions that are products apart."""
+    site, found = place.site(), {}
+    own, patterns = axes(variant, site, place), config.get("rank_pattern") or {}
+    kept = patterns.get(f"{module}.lora_E") if isinstance(variant, AdaLoRA) else None
+    for factor, form in forms(variant, site, place, tied).items():
+        name, shape = f"{module}.{form.suffix}", shape_of(form, own[factor], place)
+        if name not in tensors:
+            raise ValueError(f"'{name}' is not in the file")
+        x = tensors[name]
+        in_file = tuple(sum(kept) if word == "rank" and kept else n for n, word in zip(shape, form.words, strict=True))
+        if x.shape != merged(in_file, form):
+            raise ValueError(f"'{name}' has shape {x.shape}, and {variant} of this leaf {merged(in_file, form)}")
+        found[factor] = adalora.filled(x.reshape(in_file), form, kept, variant.rank) if kept else x.reshape(shape)
+        used.add(name)
+    return found
+
+
+def _check_tied(
+    module: str,
+    factors: Tensors,
+    variant: Any,
+    place: Place,
+    config: Mapping[str, Any],
+    tensors: Tensors,
+    used: set[str],
+) -> None:
+    """Checks that the module that a leaf is tied to has the same adapter, turned."""
+    assert place.tied is not None
+    other, form = _variant(place.tied, config, tensors), forms(variant, place.site(), place)
+    if other is None:
         raise ValueError(
-            f"{shown(name)} has shape {x.shape}, and should have {shape}, by this model and rank {sizes[RANK]} of the "
-            "configuration: load the model that it was made for, or correct the rank"
+            f"'{module}' is adapted, and '{place.tied}', which is the same leaf in this model, is not: load a model whose "
+            "head is a leaf of its own"
         )
-    return x
+    theirs = _factors(place.tied, other, place, config, tensors, used, tied=True)
+    turned = forms(variant, place.site(), place, tied=True)
+    for factor, x in factors.items():
+        order = [turned[factor].words.index(word) for word in form[factor].words]
+        if other != variant or not same_bits(x, np.ascontiguousarray(theirs[factor].transpose(order))):
+            raise ValueError(
+                f"'{module}' and '{place.tied}' have adapters that differ, and are one leaf in this model: load a model "
+                "whose head is a leaf of its own"
+            )
+
+
+def _drop_base(tensors: Tensors, places: Mapping[str, Place], leaves: Mapping[str, Any]) -> None:
+    """Takes out the copies of the base's tables that PEFT saves beside their adapters, which must be the base's."""
+    owners = full.owned(places)
+    for name in [name for name in tensors if name.endswith(BASE)]:
+        weight = f"{name.removesuffix(BASE)}.weight"
+        if weight not in owners:
+            continue
+        try:
+            ours = full.tensor(weight, owners, places, {}, leaves)
+        except ValueError as error:
+            raise ValueError(f"'{name}' is the base's, to be compared with params: give them with values") from error
+        if not same_bits(ours.astype(tensors[name].dtype), tensors[name]):
+            raise ValueError(
+                f"'{name}' is another than the model's: load the weights that the adapter was trained with"
+            )
+        del tensors[name]
+
+
+def _ordered(adapters: LoraParams, leaves: Mapping[str, Any]) -> list[str]:
+    return [*(path for path in leaves if path in adapters), *(path for path in adapters if path not in leaves)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -14,14 +13,14 @@ import numpy as np
 import safetensors
 
 from lora_jax.formats.description import shown
-from lora_jax.formats.peft.fields import KINDS, TYPES, understood
+from lora_jax.formats.peft.fields import seal, understood
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
-SHARED = {f"base_model.vera_{x}": f"vera_{x}" for x in "AB"}  # belong to no module
+SHARED = ("base_model.vera_A", "base_model.vera_B")  # which belong to no module
 DTYPES = ("F32", "F16", "BF16")
 LARGEST = 2**24  # bytes of a configuration
-SEAL = "lora_jax"  # in the metadata of the tensors' file
+SEAL = "lora_jax"  # in the metadata of the tensors' file, where PEFT does not look
 
 
 def read(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -33,7 +32,7 @@ def read(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, n
 
     Returns:
       The configuration, with every field that its type has; and the tensors, finite, by their modules' names in the
-      model, such as `model.layers.0.self_attn.q_proj.lora_A.weight`.
+      model, such as `model.layers.0.self_attn.q_proj.lora_A.weight`, but for the `SHARED`.
 
     Raises:
       FileNotFoundError: The folder or one of its files is not there.
@@ -63,21 +62,22 @@ def read(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, n
         raise ValueError(f"'{directory / WEIGHTS}': {error}") from error
 
 
-def seal(config: Mapping[str, Any]) -> str:
-    """A digest of those fields of a configuration that change what the adapter does.
+def sealed(content: bytes, config: Mapping[str, Any]) -> bytes:
+    """A safetensors file's bytes with the `seal` of a configuration in its metadata, in an order that stays.
 
-    >>> config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
-    >>> seal(config) == seal({**config, "task_type": "CAUSAL_LM"}) != seal({**config, "lora_alpha": 32})
-    True
+    >>> from safetensors.numpy import save
+    >>> content = sealed(
+    ...     save({"x": np.ones(3)}, {"format": "pt"}), {"peft_type": "VERA", "r": 4, "target_modules": "q"}
+    ... )
+    >>> json.loads(content[8 : 8 + content[0] + 256 * content[1]])["__metadata__"].keys()
+    dict_keys(['format', 'lora_jax'])
     """
-    config = understood(dict(config))
-    known = TYPES[config["peft_type"]]
-    meant = {
-        name: value
-        for name, value in config.items()
-        if name == "peft_type" or (name in known and known[name].kind != "any" and not KINDS["off"][1](value))
-    }
-    return hashlib.sha256(json.dumps(meant, sort_keys=True).encode()).hexdigest()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"][SEAL] = seal(config)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def _file(directory: Path, name: str) -> Path:
@@ -113,12 +113,10 @@ def _json(path: Path) -> Any:
     def refused(constant: str) -> Any:
         raise ValueError(f"{constant} is no number")
 
-    with open(path, "rb") as file:
-        text = file.read(LARGEST + 1)
-    if len(text) > LARGEST:
+    if path.stat().st_size > LARGEST:
         raise ValueError(f"it is larger than {LARGEST // 2**20} MiB, and no configuration")
     try:
-        return json.loads(text.decode(), object_pairs_hook=unique, parse_constant=refused)
+        return json.loads(path.read_bytes().decode(), object_pairs_hook=unique, parse_constant=refused)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it is no JSON ({shown(error)}): copy it again") from error
 
@@ -130,7 +128,7 @@ def _tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             names, metadata = sorted(file.keys()), file.metadata() or {}
             for name in names:
                 if (dtype := file.get_slice(name).get_dtype()) not in DTYPES:
-                    raise ValueError(f"{shown(name)} is {dtype}, and adapters are {', '.join(DTYPES)}: convert it")
+                    raise ValueError(f"{name[:200]!r} is {dtype}, and adapters are {', '.join(DTYPES)}: convert it")
             tensors = {name: file.get_tensor(name) for name in names}
     except safetensors.SafetensorError as error:
         raise ValueError(f"no whole safetensors file ({shown(error)}): copy it again") from error
@@ -138,16 +136,14 @@ def _tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         raise ValueError("it holds no tensors")
     for name, x in tensors.items():
         if not np.isfinite(x).all():
-            raise ValueError(f"{shown(name)} has values that are not finite: save the adapter of a step before")
+            raise ValueError(f"{name[:200]!r} has values that are not finite: save the adapter of a step before")
     return tensors, metadata
 
 
 def _module_name(name: str) -> str:
-    if name in SHARED:
-        return SHARED[name]
-    if not name.startswith(PREFIX) or name.removeprefix(PREFIX) in SHARED.values():
+    if not name.startswith((PREFIX, *SHARED)) or name.removeprefix(PREFIX) in SHARED:
         raise ValueError(
-            f"{shown(name)} does not begin with '{PREFIX}', as PEFT's tensors do, and would be ignored there: save "
+            f"{name[:200]!r} does not begin with '{PREFIX}', as PEFT's tensors do, and would be ignored there: save "
             "the folder with PEFT's save_pretrained, or rename its tensors"
         )
     return name.removeprefix(PREFIX)

@@ -1,22 +1,25 @@
-"""Targets: that a folder has tensors for the modules which its configuration selects, each of them, and no others."""
+"""Selection: that a folder has tensors for the modules which its configuration selects, each of them, and no others."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lora_jax import tree
 from lora_jax.formats.description import shown
-from lora_jax.formats.peft.patterns import ends, fitting, lookup, selected
+from lora_jax.formats.peft.patterns import ends, feedforward, fitting, lookup, selected
 
 ALL_LINEAR = "all-linear"
+LORA_BIAS = ".lora_B.bias"
 BASE = ".base_layer"  # what a second adapter of one module wraps
-_TENSOR = re.compile(r"(.+)\.(?:lora|vera|hada|lokr|ia3)_\w+(?:\.\w+)?")
+_TENSOR = re.compile(r"(.+)\.(?:lora|vera|hada|lokr|ia3)_\w+(?:\.\w+)*")
 
 
-def resolved(config: Mapping[str, Any], tensors: Iterable[str], kinds: Mapping[str, str]) -> dict[str, Any]:
-    """A configuration whose `rank_pattern` and `alpha_pattern` have modules for keys, checked against both sides.
+def resolved(config: Mapping[str, Any], tensors: Collection[str], kinds: Mapping[str, str]) -> dict[str, Any]:
+    """A configuration checked against both sides, which says by modules what it said by patterns.
+
+    Those are `rank_pattern` and `alpha_pattern`, and the `feedforward_modules` of IA³.
 
     Args:
       config: As `read` returned it.
@@ -29,7 +32,10 @@ def resolved(config: Mapping[str, Any], tensors: Iterable[str], kinds: Mapping[s
     """
     found = {match[1] for name in tensors if (match := _TENSOR.fullmatch(name))}
     expected, targets = _expected(config, kinds), config.get("target_modules")
-    if absent := sorted(found - expected - {*_wrapped(kinds)}):
+    modules = {name.rpartition(".")[0] if "experts" in kind else name for name, kind in kinds.items()}
+    if absent := sorted(
+        name for name in found - expected if re.sub(rf"({re.escape(BASE)})*$", "", name) not in modules
+    ):
         raise ValueError(f"it adapts {_some(absent)}, which this model does not have{tree.close_to(absent[0], kinds)}")
     if unselected := sorted(found - expected):
         raise ValueError(
@@ -49,21 +55,40 @@ def resolved(config: Mapping[str, Any], tensors: Iterable[str], kinds: Mapping[s
             f"its target_modules name {_some(unused)}, and nothing that has tensors is called so: take it out there, "
             "or load a model that has it"
         )
-    patterns = {
-        name for name in ("rank_pattern", "alpha_pattern") if name in config and config["peft_type"] != "ADALORA"
-    }
-    return {**config, **{name: lookup(config[name], [*kinds]) for name in patterns}}
+    _check_others(config, tensors, found, kinds)
+    patterns = {"rank_pattern", "alpha_pattern"} & config.keys() if config["peft_type"] != "ADALORA" else set()
+    resolved = {name: lookup(config[name], kinds) for name in patterns}
+    if config["peft_type"] == "IA3":
+        resolved["feedforward_modules"] = feedforward(config, kinds)
+    return {**config, **resolved}
+
+
+def _check_others(
+    config: Mapping[str, Any], tensors: Collection[str], found: set[str], kinds: Mapping[str, str]
+) -> None:
+    """Raises where a file has not those biases and whole weights that the configuration speaks of, or has others."""
+    biased = {name.removesuffix(LORA_BIAS) for name in tensors if name.endswith(LORA_BIAS)}
+    if biased != (found if config.get("lora_bias") else set()):
+        raise ValueError(f"{len(biased)} of its {len(found)} modules have lora_B.bias, and lora_bias says otherwise")
+    entries = tuple(config.get("modules_to_save") or ())
+    for module in kinds:
+        parts = module.split(".")
+        saved = bool(entries) and any(".".join(parts[:i]).endswith(entries) for i in range(1, len(parts) + 1))
+        if saved and module not in tensors and f"{module}.weight" not in tensors:
+            raise ValueError(f"its modules_to_save {shown(entries)} are for {module!r} too, and it has no such tensor")
+        if f"{module}.bias" in tensors and not saved and config.get("bias", "none") == "none":
+            raise ValueError(f"it has a bias of {module!r}, and neither bias nor modules_to_save says so: correct them")
 
 
 def _expected(config: Mapping[str, Any], kinds: Mapping[str, str]) -> set[str]:
     """The modules that would have adapters, with what they wrap where a module has several parameters that do."""
-    modules = [name for name, kind in kinds.items() if kind != "experts"]
+    modules = [name for name, kind in kinds.items() if "experts" not in kind]
     if _all_linear(config.get("target_modules")):
         linear = [name for name in modules if kinds[name] in ("linear", "conv1d")]
         expected = {*selected({**config, "target_modules": ".*"}, linear)}
     else:
         expected = {*selected(config, modules)}
-    parameters = [name for name, kind in kinds.items() if kind == "experts"]
+    parameters = [name for name, kind in kinds.items() if "experts" in kind]
     for name in fitting(config.get("target_parameters") or [], parameters):
         module = name.rpartition(".")[0]
         while module in expected:
@@ -72,18 +97,11 @@ def _expected(config: Mapping[str, Any], kinds: Mapping[str, str]) -> set[str]:
     return expected
 
 
-def _wrapped(kinds: Mapping[str, str]) -> Iterable[str]:
-    """The names under which the model's modules may have adapters."""
-    for name, kind in kinds.items():
-        module = name.rpartition(".")[0] if kind == "experts" else name
-        yield from (module, module + BASE)
-
-
 def _all_linear(targets: Any) -> bool:
     """PEFT's shorthand, which leaves out the head that makes a model's outputs, whatever it is called."""
     return isinstance(targets, str) and targets.lower() == ALL_LINEAR
 
 
 def _some(names: Collection[str]) -> str:
-    first = ", ".join(shown(name) for name in [*names][:3])
+    first = ", ".join(repr(name[:200]) for name in [*names][:3])
     return first if len(names) <= 3 else f"{first} and {len(names) - 3} more"
