@@ -14,7 +14,15 @@ _WHISPER = {
     "max_source_positions": 16, "max_target_positions": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     "decoder_start_token_id": 1, "begin_suppress_tokens": None, "suppress_tokens": None,
 }  # fmt: skip
-_T5 = {"vocab_size": 50, "d_model": 24, "d_kv": 5, "num_heads": 4, "d_ff": 40, "num_layers": 2, "decoder_start_token_id": 0}
+_T5 = {
+    "vocab_size": 50,
+    "d_model": 24,
+    "d_kv": 5,
+    "num_heads": 4,
+    "d_ff": 40,
+    "num_layers": 2,
+    "decoder_start_token_id": 0,
+}
 
 # class: (config's class, its fields)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {

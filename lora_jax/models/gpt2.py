@@ -218,7 +218,7 @@ def load(
 _LAYER = r".*/layers(?:_(?P<layer>\d+))?"
 # Our modules, Hugging Face's names for them, and how their axes lie (see `lora_jax.formats.names`).
 NAMES = (
-    (r".*/embeddings", "transformer.wte", "embedding"),
+    (r".*/embeddings", "transformer.wte=lm_head", "embedding"),
     (r".*/position_embeddings", "transformer.wpe", "embedding"),
     (_LAYER + "/attention_norm", "transformer.h.{layer}.ln_1", "vector"),
     (_LAYER + "/attention/qkv", "transformer.h.{layer}.attn.c_attn", "conv1d"),

@@ -201,7 +201,7 @@ def load(
 _LAYER = r".*/layers(?:_(?P<layer>\d+))?"
 # Our modules, Hugging Face's names for them, and how their axes lie (see `lora_jax.formats.names`).
 NAMES = (
-    (r".*/embeddings", "model.embed_tokens", "embedding"),
+    (r".*/embeddings", "model.embed_tokens=lm_head", "embedding"),
     (_LAYER + "/attention_norm", "model.layers.{layer}.input_layernorm", "vector"),
     (_LAYER + "/attention/query", "model.layers.{layer}.self_attn.q_proj", "linear"),
     (_LAYER + "/attention/key", "model.layers.{layer}.self_attn.k_proj", "linear"),

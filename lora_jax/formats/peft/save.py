@@ -130,7 +130,8 @@ def _contents(
     tensors = {PREFIX + name: x for name, x in tensors.items()}
     if kind == {"VERA"}:
         tensors |= vera.projections(lora_params, modules)
-    return config, tensors
+    # In C order, since safetensors writes an array's memory as it lies.
+    return config, {name: np.asarray(x, order="C") for name, x in tensors.items()}
 
 
 def _modules(lora_params: Mapping[str, Adapter], places: Mapping[str, Place]) -> dict[str, Module]:

@@ -34,7 +34,7 @@ def projections(lora_params: Mapping[str, Adapter], modules: Mapping[str, Module
     (variant,) = {module.variant.shared_path for module in modules.values()}
     a, b = (np.asarray(lora_params[variant].factors[name]) for name in "AB")
     found = {"A": a[: sizes[0]].T, "B": b[:, : sizes[1]].T}
-    return {NAMES[name]: np.ascontiguousarray(x) for name, x in found.items()}
+    return {NAMES[name]: x for name, x in found.items()}
 
 
 def largest(sites: Iterable[Site]) -> tuple[int, int]:
