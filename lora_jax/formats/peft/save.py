@@ -43,8 +43,8 @@ def save(
 
     Factors are written in their dtypes, and the same adapters give the same bytes. `Full` is written as PEFT's
     `modules_to_save`, or as a bias; `LoRAFA` as the LoRA that it is, and `LoRAXS` as that of A·R and B. A table that is
-    also the head gets an adapter in both of its modules. Of `dropout` PEFT has one for all modules, the largest, and none
-    for LoHa, LoKr and IA³.
+    also the head gets an adapter in both of its modules. Of `dropout` PEFT has one for all modules, the largest, and
+    none for LoHa, LoKr and IA³.
 
     Args:
       directory: The folder. An adapter that is there is replaced, other files in it stay; its own folder must exist.
