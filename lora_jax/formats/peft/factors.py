@@ -130,8 +130,11 @@ def _axes(variant: Any, site: Site) -> dict[str, Axes]:
     if isinstance(variant, LoKr) or getattr(variant, "rank", 0) <= site.max_rank:
         return variant.axes(site)
     found = dataclasses.replace(variant, rank=1).axes(site)
-    ranks = {name: Axis(name, variant.rank) for name in (RANK, OTHER)}
-    return {factor: tuple(ranks.get(axis.name, axis) for axis in own) for factor, own in found.items()}
+    ranks = (RANK, OTHER)
+    return {
+        factor: tuple(Axis(axis.name, variant.rank) if axis.name in ranks else axis for axis in own)
+        for factor, own in found.items()
+    }
 
 
 def _form(suffix: str, dimensions: str, own: Iterable[str], place: Place) -> Form:

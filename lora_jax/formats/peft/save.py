@@ -67,7 +67,7 @@ def save(
 
     Source: https://huggingface.co/docs/peft/developer_guides/checkpoint.
 
-    >>> import jax.numpy as jnp, tempfile, lora_jax as lora
+    >>> import jax, jax.numpy as jnp, tempfile, lora_jax as lora
     >>> params = {"head": {"kernel": jnp.ones((8, 4))}}
     >>> _, lora_params = lora.split(jax.random.key(0), params, {".*": lora.LoRA(rank=2)})
     >>> with tempfile.TemporaryDirectory() as directory:
