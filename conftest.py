@@ -36,7 +36,7 @@ gc.set_threshold(20_000, 20, 20)  # tracing allocates much and frees it all by c
 
 
 def _reuse_contexts():
-    """Each MLIR context serves ten programs, as in later releases of JAX; to make one takes longer than a small program."""
+    """Each MLIR context serves ten programs, as in later releases: to make one takes as long as to lower a program."""
     from jax._src.interpreters import mlir
 
     make, kept = mlir.make_ir_context, threading.local()
