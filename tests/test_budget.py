@@ -17,7 +17,7 @@ from lora_jax import budget
 PARAMS = {"stack": normal(3, 6, 8), "w": normal(6, 5, seed=1)}
 ADA = lora.AdaLoRA(rank=4)
 RULES = {"stack": ADA.at(batch_axes=0, in_axes=1, out_axes=2), "w": ADA}
-FROZEN, LORA_PARAMS = lora.split(jax.random.key(0), PARAMS, RULES)
+FROZEN, LORA_PARAMS = jax.jit(lambda params: lora.split(jax.random.key(0), params, RULES))(PARAMS)
 SCHEDULE = budget.Schedule(total_steps=20, target_rank=1, warmup_steps=2, final_steps=5, every=3)
 
 

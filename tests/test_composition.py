@@ -25,9 +25,9 @@ PARAMS = {
     "down": normal(16, 8, seed=2, scale=0.3),
 }
 X = normal(16, 8, seed=3)
-FROZEN, INITIAL = lora.split(KEY, PARAMS, {".*": lora.LoRA(rank=2, alpha=4)})
+FROZEN, INITIAL = jax.jit(lambda params: lora.split(KEY, params, {".*": lora.LoRA(rank=2, alpha=4)}))(PARAMS)
 LORA_PARAMS = randomized(INITIAL, 0.2)
-ATTACHED, MERGED = lora.attach(FROZEN, LORA_PARAMS), lora.merge(FROZEN, LORA_PARAMS)
+ATTACHED, MERGED = lora.attach(FROZEN, LORA_PARAMS), jax.jit(lora.merge)(FROZEN, LORA_PARAMS)
 MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 ALL, ROWS, COLUMNS = PartitionSpec(), PartitionSpec("data"), PartitionSpec(None, "data")
 

@@ -6,8 +6,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from checks import equations, error, flops, randomized
+from checks import equations, error, flops, normal, randomized
 from in_numpy import in_numpy
 
 import lora_jax as lora
@@ -15,9 +16,9 @@ from lora_jax.recipes import accumulated, cross_entropy, save_products
 
 B, T, D, V = 3, 50, 16, 301
 KEYS = jax.random.split(jax.random.key(0), 4)
-X, HEAD = jax.random.normal(KEYS[0], (B, T, D)), jax.random.normal(KEYS[1], (D, V))
-LABELS = jax.random.randint(KEYS[2], (B, T), 0, V)
-MASK = jax.random.uniform(KEYS[3], (B, T)) < 0.7
+X, HEAD = normal(B, T, D, seed=1), normal(D, V, seed=2)
+LABELS = jax.device_put(np.random.default_rng(3).integers(V, size=(B, T), dtype=np.int32))
+MASK = jax.device_put(np.random.default_rng(4).random((B, T)) < 0.7)
 
 
 def plainly(x, head, mask=MASK):
