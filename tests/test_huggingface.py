@@ -188,19 +188,19 @@ def test_shards_cast_and_what_is_beside_them(tmp_path):
 
 
 def test_tied_tensor_that_is_written_all_the_same(tmp_path):
-    names, tied = [("embed", "embed", "embedding")], [("head.weight", "embed.weight")]
+    names, untied = [("embed", "embed=head", "embedding")], [("embed", "embed", "embedding")]
     embed = np.arange(6, dtype=np.float32).reshape(3, 2)
     shape = {"embed": {"embedding": jax.ShapeDtypeStruct((3, 2), jnp.float32)}}
     folder = write(tmp_path / "same", {"embed.weight": embed, "head.weight": embed})
     with pytest.raises(huggingface.CheckpointError, match="left over: 'head.weight'"):
-        huggingface.fill(shape, huggingface.open_checkpoint(folder), names)
-    checkpoint = huggingface.open_checkpoint(folder, tied=tied)
+        huggingface.fill(shape, huggingface.open_checkpoint(folder), untied)
+    checkpoint = huggingface.open_checkpoint(folder)
     params = huggingface.fill(shape, checkpoint, names)
     saved = huggingface.save(tmp_path / "saved", params, names, source=checkpoint)
     assert (saved / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     folder = write(tmp_path / "other", {"embed.weight": embed, "head.weight": -embed})
     with pytest.raises(huggingface.CheckpointError, match="'head.weight' is not 'embed.weight'"):
-        huggingface.fill(shape, huggingface.open_checkpoint(folder, tied=tied), names)
+        huggingface.fill(shape, huggingface.open_checkpoint(folder), names)
 
 
 INDEX = "model.safetensors.index.json"
