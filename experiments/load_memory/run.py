@@ -46,9 +46,15 @@ def shapes(layers, stacked):
 
     each = {f"{ours}/kernel": (inner, outer) for ours, (_, inner, outer) in MODULES.items()}
     each |= {"attention_norm/scale": (WIDTH,), "mlp_norm/scale": (WIDTH,)}
-    found = {"embeddings/embedding": (VOCABULARY, WIDTH), "head/kernel": (WIDTH, VOCABULARY), "last_norm/scale": (WIDTH,)}
+    found = {
+        "embeddings/embedding": (VOCABULARY, WIDTH),
+        "head/kernel": (WIDTH, VOCABULARY),
+        "last_norm/scale": (WIDTH,),
+    }
     for path, shape in each.items():
-        found |= {f"layers/{path}": (layers, *shape)} if stacked else {f"layers_{i}/{path}": shape for i in range(layers)}
+        found |= (
+            {f"layers/{path}": (layers, *shape)} if stacked else {f"layers_{i}/{path}": shape for i in range(layers)}
+        )
     return {path: jax.ShapeDtypeStruct(shape, "bfloat16") for path, shape in found.items()}
 
 
@@ -64,7 +70,9 @@ def make(folder, layers):
         draws = np.random.default_rng(zlib.crc32(name.encode()))
         return draws.standard_normal(shape, np.float32).astype(dtype)
 
-    zeros = {path: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for path, leaf in shapes(layers, False).items()}
+    zeros = {
+        path: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for path, leaf in shapes(layers, False).items()
+    }
     tensors = {
         name: huggingface.Lazy(x.shape, x.dtype, functools.partial(drawn, name, x.shape, x.dtype))
         for name, x in huggingface.export(zeros, NAMES).items()
@@ -119,7 +127,18 @@ def child(case, folder, layers, out):
 def measured(case, folder, layers, out):
     devices = "--xla_force_host_platform_device_count=8" if "fsdp" in case else ""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": devices}
-    command = [sys.executable, __file__, "--case", case, "--folder", str(folder), "--out", str(out), "--layers", str(layers)]
+    command = [
+        sys.executable,
+        __file__,
+        "--case",
+        case,
+        "--folder",
+        str(folder),
+        "--out",
+        str(out),
+        "--layers",
+        str(layers),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
@@ -150,10 +169,14 @@ def main():
             if out.exists():
                 row["same_files"] = all(filecmp.cmp(file, out / file.name, shallow=False) for file in folder.iterdir())
             rows.append(row)
-            print(f"{case:30} peak {row['peak'] / 1e6:6.0f} MB, beyond what is loaded {row['beyond'] / 1e6:6.0f} MB, "
-                  f"{row['seconds']:.0f} s, {row['cpu']:.0f} s of CPU", row.get("same_files", ""), flush=True)  # fmt: skip
+            sizes = [f"{row[name] / 1e6:.0f} MB" for name in ("peak", "beyond")]
+            print(case, *sizes, f"{row['seconds']:.0f} s, {row['cpu']:.0f} s of CPU", row.get("same_files"), flush=True)
     versions = {name: __import__(name).__version__ for name in ("jax", "numpy", "safetensors")}
-    about = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "python": platform.python_version(), **versions}
+    about = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        **versions,
+    }
     (HERE / "results.json").write_text(json.dumps({**about, "bytes": size, "rows": rows}, indent=1) + "\n")
 
 

@@ -203,7 +203,7 @@ def load(
     >>> bool(jax.tree.all(jax.tree.map(jnp.array_equal, params, load(directory)[1])))
     True
     """
-    lists = Lists(NAMES, RENAMES, IGNORED, TIED)
+    lists = Lists(NAMES, RENAMES, IGNORED)
     return read(
         directory,
         lists,
@@ -218,7 +218,7 @@ def load(
 _LAYER = r".*/layers(?:_(?P<layer>\d+))?"
 # Our modules, Hugging Face's names for them, and how their axes lie (see `lora_jax.formats.names`).
 NAMES = (
-    (r".*/embeddings", "transformer.wte", "embedding"),
+    (r".*/embeddings", "transformer.wte=lm_head", "embedding"),
     (r".*/position_embeddings", "transformer.wpe", "embedding"),
     (_LAYER + "/attention_norm", "transformer.h.{layer}.ln_1", "vector"),
     (_LAYER + "/attention/qkv", "transformer.h.{layer}.attn.c_attn", "conv1d"),
@@ -231,4 +231,3 @@ NAMES = (
 )
 RENAMES = ((r"((?:wte|wpe|h|ln_f)\..*)", r"transformer.\1"),)  # the first checkpoints, and models without their head
 IGNORED = (r"transformer\.h\.\d+\.attn\.(masked_)?bias",)  # the causal mask
-TIED = (("lm_head.weight", "transformer.wte.weight"),)

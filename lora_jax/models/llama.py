@@ -26,7 +26,7 @@ from lora_jax.models.loading import Lists, read
 from lora_jax.models.part import ACTIVATIONS, Norm, Part
 from lora_jax.models.rotary import frequencies, rotate
 
-__all__ = ["IGNORED", "NAMES", "RENAMES", "TIED", "Config", "Llama", "load", "partition_rules"]
+__all__ = ["IGNORED", "NAMES", "RENAMES", "Config", "Llama", "load", "partition_rules"]
 
 ALL = 2**31 - 1  # the window of a layer that sees all tokens, where others do not
 
@@ -186,7 +186,7 @@ def load(
     >>> bool(jax.tree.all(jax.tree.map(jnp.array_equal, params, load(directory)[1])))
     True
     """
-    lists = Lists(NAMES, RENAMES, IGNORED, TIED)
+    lists = Lists(NAMES, RENAMES, IGNORED)
     return read(
         directory,
         lists,
@@ -201,7 +201,7 @@ def load(
 _LAYER = r".*/layers(?:_(?P<layer>\d+))?"
 # Our modules, Hugging Face's names for them, and how their axes lie (see `lora_jax.formats.names`).
 NAMES = (
-    (r".*/embeddings", "model.embed_tokens", "embedding"),
+    (r".*/embeddings", "model.embed_tokens=lm_head", "embedding"),
     (_LAYER + "/attention_norm", "model.layers.{layer}.input_layernorm", "vector"),
     (_LAYER + "/attention/query", "model.layers.{layer}.self_attn.q_proj", "linear"),
     (_LAYER + "/attention/key", "model.layers.{layer}.self_attn.k_proj", "linear"),
@@ -220,4 +220,3 @@ NAMES = (
 )
 RENAMES = ((r"((?:embed_tokens|layers|norm)\..*)", r"model.\1"),)  # files of a model without its head
 IGNORED = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)  # made from the config
-TIED = (("lm_head.weight", "model.embed_tokens.weight"),)
