@@ -100,7 +100,7 @@ def damaged_folder(rng, files):
         _change(rng, header)
     else:  # numbers that are none
         begin, end = header[one]["data_offsets"]
-        at = 8 + size + rng.randrange(begin, end, 4)
+        at = 8 + size + rng.randrange(begin, max(end, begin + 1), 4)
         content = (
             content[:at] + struct.pack("<f", rng.choice((float("nan"), float("inf"), 0.0, 1e38))) + content[at + 4 :]
         )

@@ -87,7 +87,7 @@ _LORA = {
     "velora_config": Field("off", None, "projects the activations that the backward pass keeps"),
     "arrow_config": Field("off", None, "routes between adapters"),
     "monteclora_config": Field("off", None, "draws factors at random"),
-    "ensure_weight_tying": Field("off", False, "ties the adapters of tied layers"),
+    "ensure_weight_tying": Field("flag", False),
     "enable_lora": Field("off", None, "adapts some parts of a fused layer"),
     **{
         name: Field("any")

@@ -72,7 +72,7 @@ def _adapters(config: Mapping[str, Any], tensors: Tensors, leaves: Mapping[str, 
             raise ValueError(f"'{path}': {error}") from error
         if adapter is not None:
             if not jnp.issubdtype(leaves[path].dtype, jnp.floating):
-                raise ValueError(f"'{path}' is {leaves[path].dtype}, which no adapter is for: give the model dequantized")
+                raise ValueError(f"'{path}' is {leaves[path].dtype}, which no adapter is for: dequantize the model")
             adapters[path] = adapter
     biases.resolve(tensors, variants, places, leaves)
     for name in used:

@@ -141,7 +141,9 @@ def _tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def _module_name(name: str) -> str:
-    if not name.startswith((PREFIX, *SHARED)) or name.removeprefix(PREFIX) in SHARED:
+    if name in SHARED:
+        return name
+    if not name.startswith(PREFIX) or name.removeprefix(PREFIX) in SHARED:
         raise ValueError(
             f"{name[:200]!r} does not begin with '{PREFIX}', as PEFT's tensors do, and would be ignored there: save "
             "the folder with PEFT's save_pretrained, or rename its tensors"

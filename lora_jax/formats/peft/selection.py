@@ -13,7 +13,7 @@ from lora_jax.formats.peft.patterns import ends, feedforward, fitting, lookup, s
 ALL_LINEAR = "all-linear"
 LORA_BIAS = ".lora_B.bias"
 BASE = ".base_layer"  # what a second adapter of one module wraps
-_TENSOR = re.compile(r"(.+)\.(?:lora|vera|hada|lokr|ia3)_\w+(?:\.\w+)*")
+_TENSOR = re.compile(r"(.+)\.(?:lora|vera_lambda|hada|lokr|ia3)_\w+(?:\.\w+)*")
 
 
 def resolved(config: Mapping[str, Any], tensors: Collection[str], kinds: Mapping[str, str]) -> dict[str, Any]:
