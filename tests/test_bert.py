@@ -180,7 +180,7 @@ def test_ids_of_another_shape_are_refused(params, shape):
         ("model_type", "roberta"),
         ("position_embedding_type", "relative_key"),
         ("is_decoder", True),
-        ("hidden_act", "relu"),
+        ("hidden_act", "mish"),
     ],
 )
 def test_config_that_cannot_be_honored_is_refused(directory, tensors, field, value):

@@ -120,8 +120,8 @@ def test_a_config_as_transformers_5_writes_it():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mistral"}, "model_type is 'mistral'"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"model_type": "mixtral"}, "model_type is 'mixtral'"),
+        ({"hidden_act": "mish"}, "hidden_act is 'mish'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling is .*yarn"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}, "rope_scaling": None}, "dynamic"),
         ({"num_key_value_heads": 3}, "multiple of num_key_value_heads, 3"),

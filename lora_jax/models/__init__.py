@@ -1,1 +1,59 @@
 """Readable Flax models that load Hugging Face checkpoints, one file per architecture."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jax.typing import DTypeLike
+
+from lora_jax.formats.huggingface.directory import CONFIG, read_json
+from lora_jax.models.families import FAMILIES
+from lora_jax.models.generate import generate
+
+__all__ = ["MODULES", "generate", "load"]
+
+# The file of each model_type.
+MODULES = {"bert": "bert", "gpt2": "gpt2", **dict.fromkeys(FAMILIES, "llama")}
+
+
+def load(
+    directory: str | Path,
+    *,
+    dtype: DTypeLike | None = None,
+    sha256: str | Mapping[str, str] | None = None,
+    ignore: Iterable[str] = (),
+    shardings: Any = None,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """Load a model from a Hugging Face directory; every tensor in it is used, once.
+
+    Args:
+      directory: Holds config.json and safetensors weights, whole or in shards.
+      dtype: What the parameters are cast to; None keeps the file's.
+      sha256: The hex digest of the weights file, or of each shard by its file name; checked before it is read.
+      ignore: Regexes for tensors to leave out, such as the heads of other tasks: `["cls.*"]`.
+      shardings: Where the parameters go, as in `lora_jax.formats.huggingface.fill`; None for the default device.
+      **options: Of the `load` of the model's own file: `scan=False` for a decoder whose layers are not stacked.
+
+    Returns:
+      The module, which computes in the parameters' dtype (`model.clone(dtype=..., remat=...)` has it otherwise), and
+      its variables, {"params": ...}.
+
+    Raises:
+      FileNotFoundError: The directory or one of its files is missing.
+      ValueError: No model here is of the config's type, the config asks for what the model does not do, or the weights
+        do not fit it.
+
+    >>> load("no/such/folder")
+    Traceback (most recent call last):
+    FileNotFoundError: 'no/such/folder/config.json' is missing: copy it from where the weights come from
+    """
+    config = read_json(Path(directory) / CONFIG)
+    kind = config.get("model_type")
+    if kind not in MODULES:
+        raise ValueError(f"'{directory}': model_type is {kind!r}; known are {', '.join(MODULES)}: load one of them")
+    module = importlib.import_module(f"lora_jax.models.{MODULES[kind]}")
+    return module.load(directory, dtype=dtype, sha256=sha256, ignore=ignore, shardings=shardings, **options)

@@ -1,7 +1,7 @@
 """Causal attention of tokens that are padded, packed or read in several calls: who sees whom, and the cache.
 
-Shapes in comments: B batch, L length, T slots of a cache, N layers, H query heads, G heads of keys and values, K entries
-of a head. Without a cache, T is L.
+Shapes in comments: B batch, L length, T slots of a cache (L without one), N layers, H query heads, G heads of keys and
+values, K entries of a head.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ def positions_of(valid: jax.Array, segments: jax.Array | None = None) -> jax.Arr
 
 
 def remember(stores: Any, layer: Any, start: Any, arrays: tuple[jax.Array, ...]) -> tuple[Any, list[jax.Array]]:
-    """Write a layer's keys and values [B, L, G, K] into slots from `start` on: the stores, and all that it has there."""
-    found = []
-    stores = list(stores)
-    for i, x in enumerate(arrays):
-        stores[i] = lax.dynamic_update_slice(stores[i], x[None].astype(stores[i].dtype), (layer, 0, start, 0, 0))
-        found.append(lax.dynamic_index_in_dim(stores[i], layer, keepdims=False).astype(x.dtype))
-    return tuple(stores), found
+    """Write a layer's keys and values [B, L, G, K] into slots from `start` on: the stores, and what the layer has."""
+    stores = tuple(
+        lax.dynamic_update_slice(store, x[None].astype(store.dtype), (layer, 0, start, 0, 0))
+        for store, x in zip(stores, arrays, strict=True)
+    )
+    dtype = arrays[0].dtype
+    return stores, [lax.dynamic_index_in_dim(store, layer, keepdims=False).astype(dtype) for store in stores]
 
 
 def attend(
@@ -91,11 +91,30 @@ def attend(
       scale: What scores are multiplied by; None for 1 / √K.
       softcap: Scores are bent smoothly to lie between -softcap and softcap.
     """
+    if softcap is not None:
+        return _attend_capped(query, key, value, _mask(query.shape[1], key.shape[1], scope, window), scale, softcap)
     plain = all(x is None for x in (scope.valid, scope.segments, scope.start, window))
     mask = None if plain else _mask(query.shape[1], key.shape[1], scope, window)
-    if softcap is None:
-        return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, is_causal=plain)
-    raise NotImplementedError
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, is_causal=plain)
+
+
+def capped(x: jax.Array, most: float) -> jax.Array:
+    """Numbers bent smoothly to lie between -most and most; small ones stay what they are.
+
+    >>> capped(jnp.array([0.1, 100.0]), 10.0).round(3).tolist()
+    [0.10000000149011612, 10.0]
+    """
+    return most * jnp.tanh(x / most)
+
+
+def _attend_capped(query: Any, key: Any, value: Any, mask: jax.Array, scale: Any, softcap: float) -> jax.Array:
+    """As `jax.nn.dot_product_attention`, which bends no scores."""
+    batch, length, heads, width = query.shape
+    query = query.reshape(batch, length, key.shape[2], -1, width)
+    scores = jnp.einsum("blgjk,btgk->bgjlt", query, key, preferred_element_type=jnp.float32)
+    scores = capped(scores * (width**-0.5 if scale is None else scale), softcap)
+    shares = jax.nn.softmax(jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
+    return jnp.einsum("bgjlt,btgk->blgjk", shares.astype(value.dtype), value).reshape(batch, length, heads, width)
 
 
 def _mask(length: int, slots: int, scope: Scope, window: Any) -> jax.Array:

@@ -7,7 +7,6 @@ is a deterministic function of its parameters and inputs.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,31 +17,12 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from lora_jax.formats import huggingface
-
-_exact, _tanh = (functools.partial(jax.nn.gelu, approximate=approximate) for approximate in (False, True))
-ACTIVATIONS = {"gelu": _exact, "gelu_python": _exact, "gelu_new": _tanh, "gelu_fast": _tanh, "gelu_pytorch_tanh": _tanh}
+from lora_jax.models.fields import check_fields, check_fixed, given
+from lora_jax.models.loading import Lists, read
+from lora_jax.models.part import ACTIVATIONS, Norm, Part
 
 # Fields of config.json that must have this value, which is also what a file means that leaves them out.
 FIXED = {"model_type": "bert", "position_embedding_type": "absolute", "is_decoder": False}
-
-# Our modules, Hugging Face's, and their layouts (`lora_jax.formats.names`).
-NAMES = (
-    (r".*/embeddings/(word|position|token_type)", r"embeddings.\1_embeddings", "embedding"),
-    (r".*/embeddings/norm", r"embeddings.LayerNorm", "vector"),
-    (r".*/layers_(\d+)/attention/(query|key|value)", r"encoder.layer.\1.attention.self.\2", "linear"),
-    (r".*/layers_(\d+)/attention/output", r"encoder.layer.\1.attention.output.dense", "linear"),
-    (r".*/layers_(\d+)/attention_norm", r"encoder.layer.\1.attention.output.LayerNorm", "vector"),
-    (r".*/layers_(\d+)/mlp/up", r"encoder.layer.\1.intermediate.dense", "linear"),
-    (r".*/layers_(\d+)/mlp/down", r"encoder.layer.\1.output.dense", "linear"),
-    (r".*/layers_(\d+)/mlp_norm", r"encoder.layer.\1.output.LayerNorm", "vector"),
-    (r".*/pooler", r"pooler.dense", "linear"),
-)
-RENAMES = (
-    (r"bert\.(.*)", r"\1"),  # models with a task's head keep the encoder under this prefix
-    (r"(.*LayerNorm)\.gamma", r"\1.weight"),  # TensorFlow's names, in the first checkpoints
-    (r"(.*LayerNorm)\.beta", r"\1.bias"),
-)
-IGNORED = (r"embeddings\.position_ids",)  # the constant 0, 1, 2 ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +42,7 @@ class Config:
     pooler: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is {self.hidden_act!r}: use a model with one of {', '.join(ACTIVATIONS)}")
         if self.hidden_size % self.num_attention_heads:
@@ -80,41 +61,16 @@ class Config:
         Traceback (most recent call last):
         ValueError: config.json: model_type is 'gpt2', this encoder has 'bert': load a model with that
         """
-        for field, value in FIXED.items():
-            got = config.get(field, value)
-            if got != value:
-                raise ValueError(f"config.json: {field} is {got!r}, this encoder has {value!r}: load a model with that")
-        names = [field.name for field in dataclasses.fields(cls) if field.name != "pooler"]
-        if absent := [name for name in names[:5] if name not in config]:
-            raise ValueError(f"config.json lacks {', '.join(absent)}: take the one that belongs to the weights")
-        return cls(**{name: config[name] for name in names if name in config}, pooler=pooler)
+        check_fixed(config, FIXED, "encoder")
+        return cls(**{**given(cls, config), "pooler": pooler})
 
 
-class _Part(nn.Module):
-    """What the modules share: the config, and the dtypes of computation (None: the parameters') and parameters."""
-
+class _Part(Part):
     config: Config
-    dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = jnp.float32
 
-    @nn.nowrap
-    def part(self, kind: type[nn.Module], *args: Any, name: str, **options: Any) -> Any:
-        """A submodule with the same dtypes."""
-        return kind(*args, dtype=self.dtype, param_dtype=self.param_dtype, name=name, **options)
-
-    @nn.nowrap
-    def dense(self, features: int, name: str) -> nn.Dense:
-        init = nn.initializers.normal(self.config.initializer_range)
-        return self.part(nn.Dense, features, kernel_init=init, name=name)
-
-    @nn.nowrap
-    def embed(self, entries: int, name: str) -> nn.Embed:
-        init = nn.initializers.normal(self.config.initializer_range)
-        return self.part(nn.Embed, entries, self.config.hidden_size, embedding_init=init, name=name)
-
-    @nn.nowrap
-    def norm(self, name: str) -> nn.LayerNorm:
-        return self.part(nn.LayerNorm, self.config.layer_norm_eps, use_fast_variance=False, name=name)
+    def norm(self, name: str) -> Norm:
+        """LayerNorm."""
+        return self.part(Norm, self.config.layer_norm_eps, centered=True, name=name)
 
 
 class Embeddings(_Part):
@@ -230,21 +186,7 @@ def load(
     ignore: Iterable[str] = (),
     shardings: Any = None,
 ) -> tuple[Bert, Any]:
-    """Load an encoder from a Hugging Face directory; every tensor in it is used, once.
-
-    Args:
-      directory: Holds config.json and safetensors weights, whole or in shards.
-      dtype: What the parameters are cast to; None keeps the file's.
-      sha256: The hex digest of the weights file, or of each shard by its file name; checked before it is read.
-      ignore: Regexes for tensors to leave out, such as the heads of other tasks: `["cls.*"]`.
-      shardings: Where the parameters go, as in `lora_jax.formats.huggingface.fill`; None for the default device.
-
-    Returns:
-      The module, with a pooler if the weights have one, and its variables, {"params": ...}.
-
-    Raises:
-      FileNotFoundError: The directory or one of its files is missing.
-      ValueError: The config asks for what the encoder does not do, or the weights do not fit it.
+    """Load an encoder from a Hugging Face directory, as `lora_jax.models.load` says, with a pooler if it has one.
 
     >>> import tempfile
     >>> config, directory = Config(100, 8, 1, 2, 16), tempfile.mkdtemp()
@@ -253,9 +195,30 @@ def load(
     >>> bool(jax.tree.all(jax.tree.map(jnp.array_equal, params, load(directory)[1])))
     True
     """
-    checkpoint = huggingface.open_checkpoint(directory, renames=RENAMES, ignored=(*IGNORED, *ignore), sha256=sha256)
-    pooler = any(name.startswith("pooler.") for name in checkpoint.tensors)
-    model = Bert(Config.from_huggingface(checkpoint.config, pooler))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
-    params = huggingface.fill(shapes, checkpoint, NAMES, dtype, shardings=shardings)
-    return model.clone(param_dtype=params["params"]["embeddings"]["word"]["embedding"].dtype), params
+
+    def model(checkpoint: huggingface.Checkpoint) -> Bert:
+        pooler = any(name.startswith("pooler.") for name in checkpoint.tensors)
+        return Bert(Config.from_huggingface(checkpoint.config, pooler))
+
+    lists = Lists(NAMES, RENAMES, IGNORED)
+    return read(directory, lists, model, dtype=dtype, sha256=sha256, ignore=ignore, shardings=shardings)
+
+
+# Our modules, Hugging Face's names for them, and how their axes lie (see `lora_jax.formats.names`).
+NAMES = (
+    (r".*/embeddings/(word|position|token_type)", r"embeddings.\1_embeddings", "embedding"),
+    (r".*/embeddings/norm", r"embeddings.LayerNorm", "vector"),
+    (r".*/layers_(\d+)/attention/(query|key|value)", r"encoder.layer.\1.attention.self.\2", "linear"),
+    (r".*/layers_(\d+)/attention/output", r"encoder.layer.\1.attention.output.dense", "linear"),
+    (r".*/layers_(\d+)/attention_norm", r"encoder.layer.\1.attention.output.LayerNorm", "vector"),
+    (r".*/layers_(\d+)/mlp/up", r"encoder.layer.\1.intermediate.dense", "linear"),
+    (r".*/layers_(\d+)/mlp/down", r"encoder.layer.\1.output.dense", "linear"),
+    (r".*/layers_(\d+)/mlp_norm", r"encoder.layer.\1.output.LayerNorm", "vector"),
+    (r".*/pooler", r"pooler.dense", "linear"),
+)
+RENAMES = (
+    (r"bert\.(.*)", r"\1"),  # models with a task's head keep the encoder under this prefix
+    (r"(.*LayerNorm)\.gamma", r"\1.weight"),  # TensorFlow's names, in the first checkpoints
+    (r"(.*LayerNorm)\.beta", r"\1.bias"),
+)
+IGNORED = (r"embeddings\.position_ids",)  # the constant 0, 1, 2 ...

@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax import lax
 from jax.sharding import NamedSharding
 
-from lora_jax.models.attention import Cache, Scope, positions_of
+from lora_jax.models.attention import Cache, Scope, capped, positions_of
 from lora_jax.models.part import Part
 from lora_jax.recipes import cross_entropy
 
@@ -48,6 +48,7 @@ class Decoder(Part):
         if self.remat:
             policy = None if isinstance(self.remat, bool) else self.remat
             layer = nn.remat(layer, policy=policy, prevent_cse=not self.scan)
+        self.layers: Any
         if self.scan:
             axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": (0, nn.broadcast)}
             self.layers = self.part(nn.scan(layer, **axes, length=number), config, sharding=self.sharding)
@@ -93,7 +94,12 @@ class Decoder(Part):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """From what `hidden` returns, [..., D], to [..., V]."""
-        return self.embeddings.attend(x) if self.config.tie_word_embeddings else self.head(x)
+        logits = self.embeddings.attend(x) if self.config.tie_word_embeddings else self.head(x)
+        return (
+            logits
+            if self.config.final_logit_softcapping is None
+            else capped(logits, self.config.final_logit_softcapping)
+        )
 
     def hidden(
         self,
@@ -138,13 +144,14 @@ class Decoder(Part):
         counts = counts.at[:, -1].set(0)
         if attention_mask is not None:
             valid = attention_mask.astype(bool)
-            counts *= valid & jnp.roll(valid, -1, axis=1)
+            counts *= (valid & jnp.roll(valid, -1, axis=1)).astype(jnp.float32)
         if segment_ids is not None:
-            counts *= segment_ids == jnp.roll(segment_ids, -1, axis=1)
+            counts *= (segment_ids == jnp.roll(segment_ids, -1, axis=1)).astype(jnp.float32)
         x = self.hidden(input_ids, attention_mask, segment_ids, positions)
         tied = self.config.tie_word_embeddings
         head = self.embeddings.embedding.T if tied else self.head.variables["params"]["kernel"]
-        return cross_entropy(x, head.astype(x.dtype), labels, counts, **options)
+        softcap = self.config.final_logit_softcapping
+        return cross_entropy(x, head.astype(x.dtype), labels, counts, softcap=softcap, **options)
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """A cache for that many tokens, of each of a batch: `model.apply(params, 2, 64, method="empty_cache")`."""

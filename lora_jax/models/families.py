@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lora_jax.models.fields import check_fields, check_fixed, given
@@ -12,14 +12,18 @@ from lora_jax.models.rotary import RopeScaling
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
-# Fields of config.json that must have this value, which is also what a file means that leaves them out. Among them are
-# fields that a family does not have and ours has, lest a file seem to be obeyed that is not.
+_OURS = ("qk_norm", "post_norms", "unit_offset", "scale_embeddings")
+_GEMMAS = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "rope_local_base_freq")
+# Fields of config.json that must have this value, which is also what a file means that leaves them out, in families
+# that do not say otherwise. Among them are fields that other families have, lest a file seem to be obeyed that is not.
 FIXED = {
     "attention_dropout": 0.0,
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
-    "qk_norm": False,
+    "use_bidirectional_attention": False,
     "output_bias": None,
+    **dict.fromkeys(_OURS, False),
+    **dict.fromkeys(_GEMMAS),
 }
 _QWEN = {
     "num_key_value_heads": 32,
@@ -28,7 +32,16 @@ _QWEN = {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
-# For each model_type: what a file means that leaves a field out, where it differs from `Config`; and more of FIXED.
+_GEMMA = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+}
+_OF_GEMMA = {"mlp_bias": False, "post_norms": True, "unit_offset": True, "scale_embeddings": True}
+# For each model_type: what a file means that leaves a field out, where it differs from `Config`; and what is fixed.
 FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "llama": ({}, {"sliding_window": None}),
     "mistral": (
@@ -37,6 +50,21 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "qwen2": (_QWEN, {"attention_bias": True, "output_bias": False, "mlp_bias": False}),
     "qwen3": ({**_QWEN, "head_dim": 128}, {"qk_norm": True, "mlp_bias": False}),
+    "gemma2": (
+        {**_GEMMA, "max_position_embeddings": 8192, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        {**_OF_GEMMA, "sliding_window_pattern": 2},
+    ),
+    "gemma3_text": (
+        {
+            **_GEMMA,
+            "max_position_embeddings": 131072,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 10_000.0,
+            "sliding_window_pattern": 6,
+            "final_logit_softcapping": None,
+        },
+        {**_OF_GEMMA, "qk_norm": True},
+    ),
 }
 
 
@@ -53,6 +81,14 @@ class Config:
       qk_norm: Whether each head's queries and keys are normalized.
       sliding_window: How many tokens a layer that slides sees, itself included; None where none slides.
       layer_types: "sliding_attention" or "full_attention", for each layer; None for the first in all, if any slides.
+      rope_local_base_freq: `rope_theta` of layers that slide, whose positions are not stretched; None for the same.
+      query_pre_attn_scalar: Scores are divided by its root; None for K.
+      attn_logit_softcapping: Scores are bent to lie between this and its negative; None for not. So are logits by
+        `final_logit_softcapping`.
+      final_logit_softcapping: See `attn_logit_softcapping`.
+      post_norms: Whether what attention and mlp give is normalized, too.
+      unit_offset: Whether norms hold how much their scales differ from 1.
+      scale_embeddings: Whether embeddings are multiplied by √D.
     """
 
     vocab_size: int
@@ -75,6 +111,13 @@ class Config:
     qk_norm: bool = False
     sliding_window: int | None = None
     layer_types: tuple[str, ...] | None = None
+    rope_local_base_freq: float | None = None
+    query_pre_attn_scalar: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    post_norms: bool = False
+    unit_offset: bool = False
+    scale_embeddings: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -112,32 +155,50 @@ class Config:
 
         >>> Config.from_huggingface({"model_type": "gpt2"})
         Traceback (most recent call last):
-        ValueError: config.json: model_type is 'gpt2', this decoder has llama, mistral, qwen2, qwen3: load one of them
+        ValueError: config.json: model_type is 'gpt2', not llama, mistral, qwen2, qwen3, gemma2, gemma3_text
         """
-        for field in ("rope_parameters", "rope_scaling"):
-            if not isinstance(config.get(field) or {}, Mapping):
-                raise ValueError(f"config.json: {field} is {config[field]!r}: make it an object, or leave it out")
         family = config.get("model_type", "llama")
         if family not in FAMILIES:
             known = ", ".join(FAMILIES)
-            raise ValueError(f"config.json: model_type is {family!r}, this decoder has {known}: load one of them")
-        defaults, fixed = FAMILIES[family]
-        fixed = {**FIXED, **fixed}
-        rope = config.get("rope_parameters") or {}  # where transformers 5 keeps what 4 has in two fields
-        config = {**defaults, **rope, **config, "rope_scaling": config.get("rope_scaling") or rope or None}
+            raise ValueError(f"config.json: model_type is {family!r}, not {known}")
+        defaults, own = FAMILIES[family]
+        fixed = {**{name: value for name, value in FIXED.items() if name not in defaults}, **own}
+        config = {**defaults, **_rope(config)}
         check_fixed(config, fixed, "decoder")
-        config = {**config, **fixed, **_layers(config)}
+        config = {**config, **fixed, **_layers({**config, **fixed}, {**defaults, **own})}
         config["rope_scaling"] = RopeScaling.from_huggingface(config["rope_scaling"])
+        config["hidden_act"] = config.get("hidden_activation" if "hidden_activation" in defaults else "hidden_act")
         return cls(**given(cls, config))
 
 
-def _layers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The window, and which layers slide."""
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    types = config.get("layer_types")
-    if "max_window_layers" in config:  # a Qwen
-        if types is None and window is not None and isinstance(number := config.get("num_hidden_layers"), int):
-            types = [SLIDING if i >= config["max_window_layers"] else FULL for i in range(number)]
-    elif {*(types or ())} - {SLIDING if window else FULL}:  # which transformers reads in part
-        raise ValueError(f"config.json: layer_types is {types}, and sliding_window {window}: leave layer_types out")
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The file with `rope_theta` and `rope_scaling` as transformers 4 has them; 5 has `rope_parameters` for both."""
+    for field in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(field) or {}, Mapping):
+            raise ValueError(f"config.json: {field} is {config[field]!r}: make it an object, or leave it out")
+    rope = config.get("rope_parameters") or {}
+    if isinstance(local := rope.get(SLIDING), Mapping) and isinstance(rope.get(FULL), Mapping):
+        rope = {**rope[FULL], "rope_local_base_freq": local.get("rope_theta")}
+        if RopeScaling.from_huggingface(local) is not None:
+            raise ValueError(
+                f"config.json: {SLIDING} has rope_parameters {dict(local)}: this decoder stretches no such"
+            )
+    return {**rope, **config, "rope_scaling": config.get("rope_scaling") or rope or None}
+
+
+def _layers(config: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    """The window, and which layers slide, of a family that knows these fields."""
+    window = config.get("sliding_window")
+    if "use_sliding_window" in known and not config["use_sliding_window"]:
+        window = None
+    types, number = config.get("layer_types"), config.get("num_hidden_layers")
+    rule = next((name for name in ("max_window_layers", "sliding_window_pattern") if name in known), None)
+    if rule is None:
+        if types is not None and {*types} != {SLIDING if window else FULL}:  # transformers heeds it in part
+            raise ValueError(f"config.json: layer_types is {types}, and sliding_window {window}: leave layer_types out")
+    elif types is None and window is not None and isinstance(number, int):
+        if not isinstance(limit := config[rule], int) or limit < 0:
+            raise ValueError(f"config.json: {rule} is {limit!r}: make it a whole number")
+        slides = [i >= limit if rule == "max_window_layers" else bool((i + 1) % limit) for i in range(number)]
+        types = [SLIDING if yes else FULL for yes in slides]
     return {"sliding_window": window, "layer_types": None if types is None else tuple(types)}

@@ -7,17 +7,20 @@ dropout: a decoder is a deterministic function of its parameters and inputs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
 
 from lora_jax.models.attention import Scope, attend, remember
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.fields import check_fields, check_fixed, given
+from lora_jax.models.loading import Lists, read
 from lora_jax.models.part import ACTIVATIONS, Norm, Part
 
 # Fields of config.json that must have this value, which is also what a file means that leaves them out.
@@ -72,6 +75,10 @@ class Config:
     def head_dim(self) -> int:
         """K."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def final_logit_softcapping(self) -> None:
+        """Logits are as they are."""
 
     @property
     def num_key_value_heads(self) -> int:
@@ -175,6 +182,39 @@ class GPT2(_Part, Decoder):
         return self.embeddings(input_ids) + self.position_embeddings(positions)
 
 
+def load(
+    directory: str | Path,
+    *,
+    scan: bool = True,
+    dtype: DTypeLike | None = None,
+    sha256: str | Mapping[str, str] | None = None,
+    ignore: Iterable[str] = (),
+    shardings: Any = None,
+) -> tuple[GPT2, Any]:
+    """Load a decoder from a Hugging Face directory, as `lora_jax.models.load` says; `scan` is as in `Decoder`.
+
+    >>> import tempfile
+    >>> from lora_jax.formats import huggingface
+    >>> config, directory = Config(100, 8, 1, 2), tempfile.mkdtemp()
+    >>> params = GPT2(config).init(jax.random.key(0), jnp.array([[1]]))
+    >>> _ = huggingface.save(
+    ...     directory, params, NAMES, config={"vocab_size": 100, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    ... )
+    >>> bool(jax.tree.all(jax.tree.map(jnp.array_equal, params, load(directory)[1])))
+    True
+    """
+    lists = Lists(NAMES, RENAMES, IGNORED, TIED)
+    return read(
+        directory,
+        lists,
+        lambda checkpoint: GPT2(Config.from_huggingface(checkpoint.config), scan=scan),
+        dtype=dtype,
+        sha256=sha256,
+        ignore=ignore,
+        shardings=shardings,
+    )
+
+
 _LAYER = r".*/layers(?:_(?P<layer>\d+))?"
 # Our modules, Hugging Face's names for them, and how their axes lie (see `lora_jax.formats.names`).
 NAMES = (
@@ -191,3 +231,4 @@ NAMES = (
 )
 RENAMES = ((r"((?:wte|wpe|h|ln_f)\..*)", r"transformer.\1"),)  # the first checkpoints, and models without their head
 IGNORED = (r"transformer\.h\.\d+\.attn\.(masked_)?bias",)  # the causal mask
+TIED = (("lm_head.weight", "transformer.wte.weight"),)

@@ -1,27 +1,34 @@
 """Llama's decoder (Touvron et al. 2023, arXiv:2307.09288; Grattafiori et al. 2024, arXiv:2407.21783) in Flax Linen.
 
-And its kin: Mistral (arXiv:2310.06825), Qwen 2 (arXiv:2407.10671) and Qwen 3 (arXiv:2505.09388).
+And its kin: Mistral (arXiv:2310.06825), Qwen 2 (arXiv:2407.10671) and 3 (arXiv:2505.09388), Gemma 2 (arXiv:2408.00118)
+and 3 (arXiv:2503.19786), of whose models for images and text it is the part for text.
 
-Shapes in comments: B batch, L length, D hidden_size, N layers, H query heads, G heads of keys and values, K entries of a
-head, F intermediate_size. There is no dropout: a decoder is a deterministic function of its parameters and inputs.
+Shapes in comments: B batch, L length, D hidden_size, N layers, H query heads, G heads of keys and values, K entries of
+a head, F intermediate_size. There is no dropout: a decoder is a deterministic function of its parameters and inputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from lora_jax.models.attention import Scope, attend, remember
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.families import SLIDING, Config
+from lora_jax.models.loading import Lists, read
 from lora_jax.models.part import ACTIVATIONS, Norm, Part
 from lora_jax.models.rotary import frequencies, rotate
 
-__all__ = ["IGNORED", "NAMES", "RENAMES", "Config", "Llama", "partition_rules"]
+__all__ = ["IGNORED", "NAMES", "RENAMES", "TIED", "Config", "Llama", "load", "partition_rules"]
+
+ALL = 2**31 - 1  # the window of a layer that sees all tokens, where others do not
 
 
 def partition_rules(config: Config, scan: bool = True) -> dict[str, PartitionSpec]:
@@ -46,7 +53,7 @@ class _Part(Part):
 
     def norm(self, name: str | None = None) -> Norm:
         """RMSNorm."""
-        return self.part(Norm, self.config.rms_norm_eps, name=name)
+        return self.part(Norm, self.config.rms_norm_eps, offset=float(self.config.unit_offset), name=name)
 
 
 class Attention(_Part):
@@ -71,17 +78,23 @@ class Attention(_Part):
         )
         if config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        query, key = (rotate(heads, scope.angles) for heads in (query, key))
+        slides, angles = self._slides(number), scope.angles
+        if config.rope_local_base_freq is not None:
+            angles = jnp.where(slides, *angles[::-1])
+        query, key = (rotate(heads, angles) for heads in (query, key))
         if stores is not None:
             stores, (key, value) = remember(stores, number, scope.start, (key, value))
-        mixed = attend(query, key, value, scope, window=self._window(number))
+        window = config.sliding_window
+        if slides is not True:
+            window = None if window is None or slides is False else jnp.where(slides, window, ALL)
+        scale = None if config.query_pre_attn_scalar is None else config.query_pre_attn_scalar**-0.5
+        mixed = attend(query, key, value, scope, window=window, scale=scale, softcap=config.attn_logit_softcapping)
         return self.output(mixed.reshape(*x.shape[:2], -1)), stores
 
-    def _window(self, number: Any) -> Any:
-        window, slides = self.config.sliding_window, [kind == SLIDING for kind in self.config.layer_types or ()]
-        if window is None or not any(slides):
-            return None
-        return window if all(slides) else jnp.where(jnp.array(slides)[number], window, jnp.iinfo(jnp.int32).max)
+    def _slides(self, number: Any) -> Any:
+        """Whether a layer slides; where some do and some do not, an array, since `number` is one."""
+        slides = [kind == SLIDING for kind in self.config.layer_types or ()]
+        return slides[0] if len({*slides}) == 1 else jnp.array(slides)[number]
 
 
 class Mlp(_Part):
@@ -106,14 +119,22 @@ class Layer(_Part):
     def setup(self) -> None:
         """Name the parts, and with them the parameters."""
         self.attention, self.mlp = self.part(Attention, self.config), self.part(Mlp, self.config)
-        self.attention_norm, self.mlp_norm = self.norm(), self.norm()
+        self.attention_norm = self.norm()
+        if self.config.post_norms:
+            self.attention_post_norm, self.mlp_pre_norm, self.mlp_post_norm = (self.norm() for _ in range(3))
+        else:
+            self.mlp_norm = self.norm()
 
     def __call__(self, carry: Any, number: Any, scope: Scope) -> tuple[Any, None]:
         """See `lora_jax.models.decoder.Decoder`."""
         x, stores = carry
         y, stores = self.attention(self.attention_norm(x), stores, number, scope)
-        x = x + y
-        x = x + self.mlp(self.mlp_norm(x))
+        if self.config.post_norms:
+            x = x + self.attention_post_norm(y)
+            x = x + self.mlp_post_norm(self.mlp(self.mlp_pre_norm(x)))
+        else:
+            x = x + y
+            x = x + self.mlp(self.mlp_norm(x))
         return (x if self.sharding is None else lax.with_sharding_constraint(x, self.sharding), stores), None
 
 
@@ -131,11 +152,50 @@ class Llama(_Part, Decoder):
 
     layer = Layer
 
+    def embedded(self, input_ids: jax.Array, positions: jax.Array) -> jax.Array:
+        """The tokens' rows of the table."""
+        x, config = self.embeddings(input_ids), self.config
+        return x * jnp.asarray(config.hidden_size**0.5, x.dtype) if config.scale_embeddings else x
+
     def angles(self, positions: jax.Array) -> Any:
-        """How far each pair of a head's entries turns."""
+        """How far each pair of a head's entries turns; where layers that slide have their own angles, both."""
         config = self.config
-        turns = frequencies(config.head_dim or 0, config.rope_theta, config.rope_scaling)
-        return positions[..., None].astype(jnp.float32) * turns
+        turns = [frequencies(config.head_dim or 0, config.rope_theta, config.rope_scaling)]
+        if config.rope_local_base_freq is not None:
+            turns.append(frequencies(config.head_dim or 0, config.rope_local_base_freq))
+        angles = [positions[..., None].astype(jnp.float32) * turn for turn in turns]
+        return angles[0] if len(angles) == 1 else tuple(angles)
+
+
+def load(
+    directory: str | Path,
+    *,
+    scan: bool = True,
+    dtype: DTypeLike | None = None,
+    sha256: str | Mapping[str, str] | None = None,
+    ignore: Iterable[str] = (),
+    shardings: Any = None,
+) -> tuple[Llama, Any]:
+    """Load a decoder from a Hugging Face directory, as `lora_jax.models.load` says; `scan` is as in `Decoder`.
+
+    >>> import tempfile
+    >>> from lora_jax.formats import huggingface
+    >>> config, directory = Config(100, 8, 1, 2, 16), tempfile.mkdtemp()
+    >>> params = Llama(config).init(jax.random.key(0), jnp.array([[1]]))
+    >>> _ = huggingface.save(directory, params, NAMES, config={**vars(config), "layer_types": None})
+    >>> bool(jax.tree.all(jax.tree.map(jnp.array_equal, params, load(directory)[1])))
+    True
+    """
+    lists = Lists(NAMES, RENAMES, IGNORED, TIED)
+    return read(
+        directory,
+        lists,
+        lambda checkpoint: Llama(Config.from_huggingface(checkpoint.config), scan=scan),
+        dtype=dtype,
+        sha256=sha256,
+        ignore=ignore,
+        shardings=shardings,
+    )
 
 
 _LAYER = r".*/layers(?:_(?P<layer>\d+))?"
@@ -150,9 +210,14 @@ NAMES = (
     (_LAYER + "/attention/query_norm", "model.layers.{layer}.self_attn.q_norm", "vector"),
     (_LAYER + "/attention/key_norm", "model.layers.{layer}.self_attn.k_norm", "vector"),
     (_LAYER + "/mlp_norm", "model.layers.{layer}.post_attention_layernorm", "vector"),
+    # Gemma's norms: after attention, before the mlp, after it.
+    (_LAYER + "/attention_post_norm", "model.layers.{layer}.post_attention_layernorm", "vector"),
+    (_LAYER + "/mlp_pre_norm", "model.layers.{layer}.pre_feedforward_layernorm", "vector"),
+    (_LAYER + "/mlp_post_norm", "model.layers.{layer}.post_feedforward_layernorm", "vector"),
     (_LAYER + "/mlp/(gate|up|down)", r"model.layers.{layer}.mlp.\2_proj", "linear"),
     (r".*/last_norm", "model.norm", "vector"),
     (r".*/head", "lm_head", "linear"),
 )
 RENAMES = ((r"((?:embed_tokens|layers|norm)\..*)", r"model.\1"),)  # files of a model without its head
 IGNORED = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)  # made from the config
+TIED = (("lm_head.weight", "model.embed_tokens.weight"),)

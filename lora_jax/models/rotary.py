@@ -18,8 +18,8 @@ from lora_jax.models.fields import check_fields
 class RopeScaling:
     """Stretched rotary positions: all frequencies divided by `factor` ("linear"), or slow ones, as Llama 3.1 does it.
 
-    With the other fields, frequencies that make fewer than `low_freq_factor` turns in the length trained on are divided,
-    those of more than `high_freq_factor` turns are kept, and there is a smooth way between.
+    With the other fields, frequencies of fewer than `low_freq_factor` turns in the length trained on are divided, those
+    of more than `high_freq_factor` turns are kept, and there is a smooth way between.
     """
 
     factor: float
@@ -39,7 +39,7 @@ class RopeScaling:
     def from_huggingface(cls, scaling: Mapping[str, Any] | None) -> RopeScaling | None:
         """Read the entry `rope_scaling`; None where positions are not stretched."""
         kinds = {name: scaling[name] for name in ("rope_type", "type") if name in scaling} if scaling else {}
-        kind = next(iter(kinds.values()), None)
+        kind = str(next(iter(kinds.values()), None))
         if scaling is None or kind == "default" or set(scaling) == {"rope_theta"}:
             return None
         names = [field.name for field in dataclasses.fields(cls)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ def cross_entropy(
     *,
     chunk: int = 512,
     recompute: bool = False,
+    softcap: float | None = None,
 ) -> jax.Array:
     """The mean of -log softmax(x·head)[label], a chunk of tokens at a time; logits are float32.
 
@@ -31,6 +33,7 @@ def cross_entropy(
       chunk: How many tokens at a time: chunk × V logits are held.
       recompute: Whether the backward pass makes the logits again instead, 2ndV FLOPs more. Needed where the head is
         adapted, for functions that `lift` lifts, and for derivatives of derivatives.
+      softcap: Logits are bent smoothly to lie between this and its negative, as in Gemma 2; None: not at all.
 
     Returns:
       A float32 scalar; 0 where nothing counts.
@@ -56,18 +59,22 @@ def cross_entropy(
     padded = [jnp.pad(row, [(0, rest)] + [(0, 0)] * (row.ndim - 1)) for row in rows]
     # Chunk i has every n-th token from the i-th on, so that tokens split over devices stay where they are.
     chunks = [jnp.swapaxes(row.reshape(chunk, -1, *row.shape[1:]), 0, 1) for row in padded]
-    return _scanned(jax.checkpoint(_loss), head, *chunks) if recompute else _with_gradient(head, *chunks)
+    if not recompute:
+        return _with_gradient(softcap, head, *chunks)
+    return _scanned(jax.checkpoint(functools.partial(_loss, softcap)), head, *chunks)
 
 
-def _loss(x: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
-    return _of_logits(_logits(x, head), labels, weights)
+def _loss(softcap: float | None, x: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
+    return _of_logits(softcap, _logits(x, head), labels, weights)
 
 
 def _logits(x: jax.Array, head: jax.Array) -> jax.Array:
     return jnp.matmul(x, head, preferred_element_type=jnp.float32)
 
 
-def _of_logits(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
+def _of_logits(softcap: float | None, logits: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
     right = jnp.take_along_axis(logits, labels[:, None], -1)[:, 0]
     return jnp.sum((jax.nn.logsumexp(logits, -1) - right) * weights)
 
@@ -79,19 +86,19 @@ def _scanned(loss: Any, head: jax.Array, x: jax.Array, labels: jax.Array, weight
     return lax.scan(add, jnp.zeros(()), (x, labels, weights))[0]
 
 
-@jax.custom_vjp
-def _with_gradient(head: jax.Array, x: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
-    return _scanned(_loss, head, x, labels, weights)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _with_gradient(softcap: Any, head: jax.Array, x: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
+    return _scanned(functools.partial(_loss, softcap), head, x, labels, weights)
 
 
-def _forward(head: Any, x: Any, labels: Any, weights: Any) -> tuple[jax.Array, Any]:
+def _forward(softcap: Any, head: Any, x: Any, labels: Any, weights: Any) -> tuple[jax.Array, Any]:
     if weights.perturbed:
         raise ValueError("cross_entropy: the mask depends on what is differentiated: pass recompute=True")
     of_head = jnp.zeros(head.value.shape, jnp.float32) if head.perturbed else None
 
     def add(carry: Any, row: Any) -> Any:
         total, of_head = carry
-        value, of_logits = jax.value_and_grad(_of_logits)(_logits(row[0], head.value), *row[1:])
+        value, of_logits = jax.value_and_grad(_of_logits, 1)(softcap, _logits(row[0], head.value), *row[1:])
         # As x @ head has it in its own dtype; times float32, XLA makes float32 of the head, and gathers that.
         of_logits = of_logits.astype(jnp.result_type(row[0], head.value))
         (of_x,) = jax.linear_transpose(lambda x: x @ head.value, row[0])(of_logits) if x.perturbed else (None,)
@@ -105,7 +112,7 @@ def _forward(head: Any, x: Any, labels: Any, weights: Any) -> tuple[jax.Array, A
     return total, (of_x, None if of_head is None else of_head.astype(head.value.dtype))
 
 
-def _backward(saved: Any, g: jax.Array) -> tuple[Any, ...]:
+def _backward(softcap: Any, saved: Any, g: jax.Array) -> tuple[Any, ...]:
     of_x, of_head = (None if x is None else x * g.astype(x.dtype) for x in saved)
     return of_head, of_x, None, None
 

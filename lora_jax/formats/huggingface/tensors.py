@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import safetensors
 
 from lora_jax.formats.native import DTYPES
 
-BLOCK = 8 << 20  # bytes: few enough that a transpose stays in the caches, enough that disks are read at their speed
+BLOCK = 2 << 20  # bytes: few enough that a transpose stays in the caches, enough that disks are read at their speed
 LARGEST = 100 << 20  # bytes of a header, as safetensors has it, and of any other JSON
 # safetensors writes wide dtypes first, so that all are aligned; in this order where they are equally wide.
 ORDER = ("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E4M3", "F8_E5M2")
@@ -166,14 +166,7 @@ def write(file: Path, tensors: Mapping[str, Any], dtype: Any = None) -> None:
     with open(file, "xb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            x = tensors[name].make() if isinstance(tensors[name], Lazy) else np.asarray(tensors[name])
-            if (x.shape, x.dtype) != (tuple(tensors[name].shape), tensors[name].dtype):
-                raise ValueError(
-                    f"'{name}' was to be {tensors[name].shape} {tensors[name].dtype}, and is {x.shape} {x.dtype}"
-                )
-            for block in _blocks(x):
-                stream.write(_bytes(np.ascontiguousarray(block, dtypes[name])))
-            del x
+            _write(stream, name, tensors[name], dtypes[name])
         stream.flush()
         os.fsync(stream.fileno())
 
@@ -204,10 +197,15 @@ def digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _blocks(x: np.ndarray) -> Iterator[np.ndarray]:
+def _write(stream: Any, name: str, tensor: Any, dtype: np.dtype[Any]) -> None:
+    """Writes a tensor's values by blocks, so that a transpose or a cast takes no memory to speak of."""
+    x = tensor.make() if isinstance(tensor, Lazy) else np.asarray(tensor)
+    if (x.shape, x.dtype) != (tuple(tensor.shape), tensor.dtype):
+        raise ValueError(f"'{name}' was to be {tensor.shape} {tensor.dtype}, and is {x.shape} {x.dtype}")
     x = x if x.ndim else x[None]
     step = rows_of_block(x.shape, x.dtype)
-    return (x[i : i + step] for i in range(0, len(x), step))
+    for i in range(0, len(x), step):
+        stream.write(_bytes(np.ascontiguousarray(x[i : i + step], dtype)))
 
 
 def _bytes(x: np.ndarray) -> memoryview:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -50,12 +50,12 @@ def load(directory: str | os.PathLike[str], params: Any, names: Names) -> LoraPa
         raise ValueError(f"'{directory}': {error}") from error
 
 
-def _adapters(config: Mapping[str, Any], tensors: Tensors, leaves: Mapping[str, Any], names: Names) -> LoraParams:
+def _adapters(config: dict[str, Any], tensors: Tensors, leaves: Mapping[str, Any], names: Names) -> LoraParams:
     places = locate(leaves, names)
     weights = [place for place in places.values() if place.role == WEIGHT]
     kinds = {module: place.layout.kind for place in weights for module in place.modules.values()}
     kinds |= {place.tied: "linear" for place in weights if place.tied}
-    config = resolved(config, tensors, kinds)
+    config = resolved(_with_ties(config, weights), tensors, kinds)
     targeted = fitting(config.get("target_parameters") or [], [name for name, kind in kinds.items() if kind in BARE])
     old = f"{MAGNITUDE}.weight"  # as earlier versions had it
     tensors = {name.removesuffix(".weight") if name.endswith(old) else name: x for name, x in tensors.items()}
@@ -86,6 +86,16 @@ def _adapters(config: Mapping[str, Any], tensors: Tensors, leaves: Mapping[str, 
         found = ", ".join(sorted(tensors)[:5])
         raise ValueError(f"tensors that have no place in the model: {found}{tree.close_to(found, places)}")
     return jax.tree.map(jnp.asarray, LoraParams({path: adapters[path] for path in _ordered(adapters, leaves)}))
+
+
+def _with_ties(config: dict[str, Any], weights: Iterable[Place]) -> dict[str, Any]:
+    """The config with the head among its targets, if the table that it is tied to is, and PEFT was to tie both."""
+    heads = {
+        place.tied for place in weights if place.tied and fitting(config["target_modules"], place.modules.values())
+    }
+    if not config.get("ensure_weight_tying") or not heads or isinstance(config["target_modules"], str):
+        return config
+    return {**config, "target_modules": sorted({*config["target_modules"], *heads})}
 
 
 def _adapter(

@@ -9,6 +9,7 @@ from typing import Any
 from lora_jax import tree
 from lora_jax.formats.description import shown
 from lora_jax.formats.peft.patterns import ends, feedforward, fitting, lookup, selected
+from lora_jax.formats.peft.read import SHARED
 
 ALL_LINEAR = "all-linear"
 LORA_BIAS = ".lora_B.bias"
@@ -30,7 +31,7 @@ def resolved(config: Mapping[str, Any], tensors: Collection[str], kinds: Mapping
     Raises:
       ValueError: A module is selected, and has no tensors, or the reverse; a target is nowhere; or a pattern is none.
     """
-    found = {match[1] for name in tensors if (match := _TENSOR.fullmatch(name))}
+    found = {match[1] for name in tensors if name not in SHARED and (match := _TENSOR.fullmatch(name))}
     expected, targets = _expected(config, kinds), config.get("target_modules")
     modules = {name.rpartition(".")[0] if "experts" in kind else name for name, kind in kinds.items()}
     if absent := sorted(

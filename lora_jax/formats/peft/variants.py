@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.formats.peft.describe import EPSILON, snapped
-from lora_jax.formats.peft.patterns import feedforward
 from lora_jax.variants import IA3, AdaLoRA, DoRA, LoHa, LoKr, LoRA, VeRA
 from lora_jax.variants.base import Variant
 
@@ -36,7 +35,7 @@ def variant_of(module: str, config: Mapping[str, Any], dtype: str) -> Variant:
     """
     kind = config["peft_type"]
     if kind == "IA3":
-        return IA3("in" if feedforward(config, [module]) else "out", dtype)
+        return IA3("in" if module in config["feedforward_modules"] else "out", dtype)
     if kind == "VERA":
         return VeRA(config["r"], dtype=dtype, dropout=config.get("vera_dropout", 0.0))
     if kind == "ADALORA":

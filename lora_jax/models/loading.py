@@ -1,0 +1,56 @@
+"""Loading: a Hugging Face directory to a model and its variables, by the lists that the model's file ends with."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from lora_jax.formats import huggingface
+from lora_jax.formats.names import Names
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Lists(NamedTuple):
+    """What a model says of Hugging Face's tensors.
+
+    Attributes:
+      names: Where its leaves are (see `lora_jax.formats.names`).
+      renames: (regex, replacement) pairs for other spellings of their names.
+      ignored: Regexes of tensors that carry nothing to learn.
+      tied: Pairs of a tensor that may be written though it is another, and that other.
+    """
+
+    names: Names
+    renames: Iterable[tuple[str, str]] = ()
+    ignored: Iterable[str] = ()
+    tied: Iterable[tuple[str, str]] = ()
+
+
+def read(
+    directory: str | Path,
+    lists: Lists,
+    model: Callable[[huggingface.Checkpoint], M],
+    *,
+    dtype: DTypeLike | None,
+    sha256: str | Mapping[str, str] | None,
+    ignore: Iterable[str],
+    shardings: Any,
+) -> tuple[M, Any]:
+    """The model that `model` makes of a checkpoint's config and tensors, and its variables, as `lora_jax.models.load`."""
+    ignored = (*lists.ignored, *ignore)
+    checkpoint = huggingface.open_checkpoint(
+        directory, renames=lists.renames, ignored=ignored, tied=lists.tied, sha256=sha256
+    )
+    made = model(checkpoint)
+    shapes = jax.eval_shape(made.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    params = huggingface.fill(shapes, checkpoint, lists.names, dtype, shardings=shardings)
+    held = functools.reduce(jnp.promote_types, {leaf.dtype for leaf in jax.tree.leaves(params)})
+    return made.clone(param_dtype=held), params
