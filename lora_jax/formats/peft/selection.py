@@ -83,7 +83,7 @@ def _check_others(
 
 def _expected(config: Mapping[str, Any], kinds: Mapping[str, str]) -> set[str]:
     """The modules that would have adapters, with what they wrap where a module has several parameters that do."""
-    modules = [name for name, kind in kinds.items() if "experts" not in kind]
+    modules = [name for name, kind in kinds.items() if "experts" not in kind and kind != "parameter"]
     if _all_linear(config.get("target_modules")):
         linear = [name for name in modules if kinds[name] in ("linear", "conv1d")]
         expected = {*selected({**config, "target_modules": ".*"}, linear)}
