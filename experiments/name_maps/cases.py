@@ -45,7 +45,12 @@ _LONG = {**_DECODER, "rope_theta": 1e6}  # which Tunix's Llama 3 and Qwen 3 have
 _QWEN_MOE = {**_LONG, **_MOE, "head_dim": 6, "moe_intermediate_size": 40, "norm_topk_prob": True}
 
 CASES = {
-    "FlaxGPT2": Case("GPT2", "GPT2LMHeadModel", "GPT2Config", {"vocab_size": 50, "n_positions": 20, "n_embd": 24, "n_layer": 2, "n_head": 4}),
+    "FlaxGPT2": Case(
+        "GPT2",
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {"vocab_size": 50, "n_positions": 20, "n_embd": 24, "n_layer": 2, "n_head": 4},
+    ),
     "FlaxLlama": Case("LLAMA", "LlamaForCausalLM", "LlamaConfig", _DECODER),
     "FlaxMistral": Case("MISTRAL", "MistralForCausalLM", "MistralConfig", {**_DECODER, "sliding_window": 32}),
     "FlaxGemma": Case("GEMMA", "GemmaForCausalLM", "GemmaConfig", {**_DECODER, "head_dim": 8}),
@@ -54,19 +59,43 @@ CASES = {
     "FlaxRoberta, masked": Case("ROBERTA_MASKED_LM", "RobertaForMaskedLM", "RobertaConfig", _TEXT),
     "FlaxRoberta, classifier": Case("ROBERTA", "RobertaForSequenceClassification", "RobertaConfig", _TEXT),
     "FlaxT5": Case("T5", "T5ForConditionalGeneration", "T5Config", _T5),
-    "FlaxT5, gated": Case("T5", "T5ForConditionalGeneration", "T5Config", {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "FlaxT5, gated": Case(
+        "T5",
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
     "FlaxViT": Case("VIT", "ViTForImageClassification", "ViTConfig", _IMAGE),
     "FlaxWhisper": Case("WHISPER", "WhisperForConditionalGeneration", "WhisperConfig", _WHISPER),
-    "FlaxCLIP": Case("CLIP", "CLIPModel", "CLIPConfig", {"text_config": {**_TEXT, "eos_token_id": 49}, "vision_config": _IMAGE, "projection_dim": 12}),
+    "FlaxCLIP": Case(
+        "CLIP",
+        "CLIPModel",
+        "CLIPConfig",
+        {"text_config": {**_TEXT, "eos_token_id": 49}, "vision_config": _IMAGE, "projection_dim": 12},
+    ),
     "Tunix Llama 3": Case("LLAMA3", "LlamaForCausalLM", "LlamaConfig", _LONG, _tunix("llama3", "Llama3")),
     "Tunix Qwen 2": Case("QWEN2", "Qwen2ForCausalLM", "Qwen2Config", _DECODER, _tunix("qwen2", "Qwen2")),
-    "Tunix Qwen 3": Case("QWEN3", "Qwen3ForCausalLM", "Qwen3Config", {**_LONG, "head_dim": 6}, _tunix("qwen3", "Qwen3")),
-    "Tunix Qwen 3, experts": Case("QWEN3_MOE", "Qwen3MoeForCausalLM", "Qwen3MoeConfig", _QWEN_MOE, _tunix("qwen3", "Qwen3", **_MOE)),
-    "Tunix Gemma": Case("GEMMA", "GemmaForCausalLM", "GemmaConfig", {**_DECODER, "head_dim": 8}, _tunix("gemma", "Gemma", **_GEMMA1)),
+    "Tunix Qwen 3": Case(
+        "QWEN3", "Qwen3ForCausalLM", "Qwen3Config", {**_LONG, "head_dim": 6}, _tunix("qwen3", "Qwen3")
+    ),
+    "Tunix Qwen 3, experts": Case(
+        "QWEN3_MOE", "Qwen3MoeForCausalLM", "Qwen3MoeConfig", _QWEN_MOE, _tunix("qwen3", "Qwen3", **_MOE)
+    ),
+    "Tunix Gemma": Case(
+        "GEMMA", "GemmaForCausalLM", "GemmaConfig", {**_DECODER, "head_dim": 8}, _tunix("gemma", "Gemma", **_GEMMA1)
+    ),
     "Tunix Gemma 2": Case("GEMMA2", "Gemma2ForCausalLM", "Gemma2Config", _GEMMA, _tunix("gemma", "Gemma", **_GEMMA2)),
-    "Tunix Gemma 2, as many heads": Case("GEMMA2", "Gemma2ForCausalLM", "Gemma2Config", {**_GEMMA, "num_key_value_heads": 4}, _tunix("gemma", "Gemma", **_GEMMA2, num_kv_heads=4)),
-    "Tunix Gemma 3": Case("GEMMA3", "Gemma3ForCausalLM", "Gemma3TextConfig", _GEMMA, _tunix("gemma3", "Gemma3", sliding_window_size=32)),
-}  # fmt: skip
+    "Tunix Gemma 2, as many heads": Case(
+        "GEMMA2",
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        {**_GEMMA, "num_key_value_heads": 4},
+        _tunix("gemma", "Gemma", **_GEMMA2, num_kv_heads=4),
+    ),
+    "Tunix Gemma 3": Case(
+        "GEMMA3", "Gemma3ForCausalLM", "Gemma3TextConfig", _GEMMA, _tunix("gemma3", "Gemma3", sliding_window_size=32)
+    ),
+}
 
 
 def inputs(case: Case) -> dict[str, np.ndarray]:
@@ -81,7 +110,11 @@ def inputs(case: Case) -> dict[str, np.ndarray]:
     if case.model.startswith("CLIP"):
         ids[:, -1] = 49
         return {"input_ids": ids, "pixel_values": rng.standard_normal((2, 3, 8, 8)).astype(np.float32)}
-    return {"input_ids": ids, "decoder_input_ids": ids[:, ::-1].copy()} if case.model.startswith("T5") else {"input_ids": ids}
+    return (
+        {"input_ids": ids, "decoder_input_ids": ids[:, ::-1].copy()}
+        if case.model.startswith("T5")
+        else {"input_ids": ids}
+    )
 
 
 def logits(outputs: Any) -> Any:

@@ -43,7 +43,10 @@ def tunix_model(case: Case, folder: Path) -> tuple[Call, Any]:
     module = importlib.import_module(f"tunix.models.{file}.model")
     if file == "gemma":
         kinds = module.AttentionType
-        fields = {**fields, "attention_types": (kinds.LOCAL_SLIDING if case.map == "GEMMA2" else kinds.GLOBAL, kinds.GLOBAL)}
+        fields = {
+            **fields,
+            "attention_types": (kinds.LOCAL_SLIDING if case.map == "GEMMA2" else kinds.GLOBAL, kinds.GLOBAL),
+        }
     if file == "gemma3":
         fields = {**fields, "global_base_frequency": 1_000_000, "param_dtype": jnp.float32}
     config = module.ModelConfig(**fields)

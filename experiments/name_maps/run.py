@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import numpy as np
 from cases import CASES, inputs, logits
 
 HERE = Path(__file__).parent
+FIXTURE = HERE.parents[1] / "tests" / "fixtures" / "name_maps.json"
+LATER = re.compile(r"(?:^|[./])(?:layers|h|block|encoder[./]layer)[./]1[./]")  # layers that are as the first
 
 
 def write_torch(folder: Path) -> None:
@@ -44,7 +47,7 @@ def check_jax(folder: Path) -> None:
     from lora_jax.formats.maps import transformers, tunix  # noqa: F401
     from lora_jax.formats.names import locate
 
-    results = {}
+    results, recorded = {}, {}
     for name, case in CASES.items():
         library = maps.tunix if case.tunix else maps.transformers
         names = getattr(library, case.map)
@@ -56,6 +59,11 @@ def check_jax(folder: Path) -> None:
         heads = {f"{place.tied}.{role}" for place in places.values() if place.tied for role in ("weight", "bias")}
         tables = {key for key in theirs if "shared.weight" in theirs and key.endswith("embed_tokens.weight")}
         tables |= {"lm_head.weight"} if tables and "lm_head.weight" not in ours else set()
+        recorded[name] = {
+            "map": f"{library.__name__.rpartition('.')[2]}.{case.map}",
+            "ours": {path: [*leaf.shape] for path, leaf in leaves.items() if not LATER.search(path)},
+            "theirs": {key: [*shape] for key, shape in theirs.items() if not LATER.search(key)},
+        }
         params = huggingface.fill(shapes, huggingface.open_checkpoint(folder / name), names)
         expected, batch = np.load(folder / name / "logits.npy"), inputs(case)
 
@@ -67,7 +75,7 @@ def check_jax(folder: Path) -> None:
         sites = {path: place.site() for path, place in places.items()}
         _, lora_params = lora.split(jax.random.key(0), params, rules, sites=sites)
         keys = iter(jax.random.split(jax.random.key(1), 1000))
-        lora_params = jax.tree.map(lambda x, keys=keys: 0.3 * jax.random.normal(next(keys), x.shape), lora_params)
+        lora_params = jax.tree.map(lambda x, keys=keys: 0.1 * jax.random.normal(next(keys), x.shape), lora_params)
         row = {
             "leaves": len(leaves),
             "located": len(places),
@@ -91,6 +99,8 @@ def check_jax(folder: Path) -> None:
         results[name] = row
         print(name, row, flush=True)
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    lines = (f"{json.dumps(name)}: {json.dumps(entry, separators=(',', ':'))}" for name, entry in recorded.items())
+    FIXTURE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def check_peft(folder: Path) -> None:

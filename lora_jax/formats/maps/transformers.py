@@ -64,7 +64,9 @@ VIT: Names = (
 WHISPER: Names = (
     _same(r"model/decoder/embed_tokens", "embedding", "{path}=proj_out"),
     _same(r"decoder/embed_tokens", "embedding"),
-    _same(r"(?:model/)?\w+/embed_positions", "parameter", "{path}.weight"),  # theirs are no tables that PEFT could adapt
+    _same(
+        r"(?:model/)?\w+/embed_positions", "parameter", "{path}.weight"
+    ),  # theirs are no tables that PEFT could adapt
     _same(r"(?:model/)?encoder/conv\d", "conv: width in out -> out in width"),
     _same(r".*layer_norm", "vector"),
     _same(r".*/(?:\w+_proj|fc\d)|proj_out|projector|classifier", "linear"),
