@@ -26,6 +26,7 @@ from lora_jax.variants import AdaLoRA, DoRA, LoRA
 
 Tensors = dict[str, np.ndarray]
 BASE = ".base_layer.weight"
+UNTIE = "load a model whose head is a leaf of its own, as with tie_word_embeddings=False"
 
 
 def load(directory: str | os.PathLike[str], params: Any, names: Names) -> LoraParams:
@@ -127,10 +128,7 @@ def _adapter(
         parts[index], own[index] = factors, variant
     if not parts:
         if place.tied and _variant(place.tied, config, tensors) is not None:
-            raise ValueError(
-                f"'{place.tied}' is adapted, and in this model it is one leaf with '{next(iter(place.modules.values()))}', "
-                "which is not: load a model whose head is a leaf of its own"
-            )
+            raise ValueError(f"'{place.tied}' is adapted, which is this leaf too, and not the table: {UNTIE}")
         return None
     if len(parts) < len(place.modules) or len({*own.values()}) > 1:
         lacking = [module for index, module in place.modules.items() if index not in parts]
@@ -188,19 +186,13 @@ def _check_tied(
     assert place.tied is not None
     other, form = _variant(place.tied, config, tensors), forms(variant, place.site(), place)
     if other is None:
-        raise ValueError(
-            f"'{module}' is adapted, and '{place.tied}', which is the same leaf in this model, is not: load a model whose "
-            "head is a leaf of its own"
-        )
+        raise ValueError(f"'{module}' is adapted, and not '{place.tied}', which is this leaf too: {UNTIE}")
     theirs = _factors(place.tied, other, place, config, tensors, used, tied=True)
     turned = forms(variant, place.site(), place, tied=True)
     for factor, x in factors.items():
         order = [turned[factor].words.index(word) for word in form[factor].words]
         if other != variant or not same_bits(x, np.ascontiguousarray(theirs[factor].transpose(order))):
-            raise ValueError(
-                f"'{module}' and '{place.tied}' have adapters that differ, and are one leaf in this model: load a model "
-                "whose head is a leaf of its own"
-            )
+            raise ValueError(f"'{module}' and '{place.tied}', which are one leaf, have adapters that differ: {UNTIE}")
 
 
 def _drop_base(tensors: Tensors, places: Mapping[str, Place], leaves: Mapping[str, Any]) -> None:
