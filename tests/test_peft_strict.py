@@ -169,6 +169,8 @@ def test_patterns_match_in_bounded_time(monkeypatch):
             except ValueError as raised:
                 assert "give names instead" in str(raised)
     assert time.process_time() - start < 5
+    with pytest.raises(ValueError, match="more than 2000 patterns"):
+        patterns.lookup({f"a+{i}": 1 for i in range(2001)}, names)
     monkeypatch.setattr(regex, "STEPS", 1000)
     for many in ({"(a|b)+": 1, **{f"(a|b){i}": 1 for i in range(99)}}, {f"{'.' * i}a": 1 for i in range(2000)}):
         with pytest.raises(ValueError, match="too long to match"):

@@ -45,7 +45,7 @@ BARE = ("experts", "transposed_experts")
 BLANK = r"\{(\w+)(?::([^}]*))?\}"  # of a template
 # The last part of a leaf's path, in Flax, Haiku, Equinox or Tunix, and Hugging Face's name for it.
 WEIGHT, BIAS = "weight", "bias"
-ROLES = dict.fromkeys(("kernel", "embedding", "scale", "weight", "w", "input_embedding"), WEIGHT)
+ROLES: dict[str, str] = dict.fromkeys(("kernel", "embedding", "scale", "weight", "w", "input_embedding"), WEIGHT)
 ROLES |= dict.fromkeys(("bias", "b"), BIAS)
 
 

@@ -58,7 +58,7 @@ def resolved(config: Mapping[str, Any], tensors: Collection[str], kinds: Mapping
         )
     _check_others(config, tensors, found, kinds)
     patterns = {"rank_pattern", "alpha_pattern"} & config.keys() if config["peft_type"] != "ADALORA" else set()
-    resolved = {name: lookup(config[name], kinds) for name in patterns}
+    resolved: dict[str, Any] = {name: lookup(config[name], kinds) for name in patterns}
     if config["peft_type"] == "IA3":
         resolved["feedforward_modules"] = feedforward(config, kinds)
     return {**config, **resolved}
