@@ -91,12 +91,11 @@ def _adapters(config: dict[str, Any], tensors: Tensors, leaves: Mapping[str, Any
 
 def _with_ties(config: dict[str, Any], weights: Iterable[Place]) -> dict[str, Any]:
     """The config with the head among its targets, if the table that it is tied to is, and PEFT was to tie both."""
-    heads = {
-        place.tied for place in weights if place.tied and fitting(config["target_modules"], place.modules.values())
-    }
-    if not config.get("ensure_weight_tying") or not heads or isinstance(config["target_modules"], str):
+    targets = config["target_modules"] or []
+    if not config.get("ensure_weight_tying") or isinstance(targets, str):
         return config
-    return {**config, "target_modules": sorted({*config["target_modules"], *heads})}
+    heads = {place.tied for place in weights if place.tied and fitting(targets, place.modules.values())}
+    return {**config, "target_modules": sorted({*targets, *heads})}
 
 
 def _adapter(
