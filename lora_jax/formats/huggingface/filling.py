@@ -148,6 +148,8 @@ def _check(checkpoint: Checkpoint, places: Mapping[str, Place], dtype: DTypeLike
 
 def _read(tensor: Tensor, place: Place, dtype: np.dtype[Any]) -> np.ndarray:
     """A leaf's entry of a tensor, as we have it: read by rows, so that memory holds it once."""
+    if not tensor.shape:
+        return np.asarray(tensor, dtype)
     axes = [axis for axis in place.axes if axis not in place.stacked]
     ours = slices.empty([place.sizes[axis] for axis in axes], dtype)
     theirs = ours.transpose([axes.index(axis) for group in place.groups for axis in group])

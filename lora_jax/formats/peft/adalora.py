@@ -18,7 +18,7 @@ Kept = Mapping[str, Sequence[bool]]
 
 
 def alike(modules: Mapping[str, Module]) -> tuple[dict[str, Module], dict[str, list[bool]] | None]:
-    """Modules of one rank and scale, without the ranks that are zero, and which ranks each has left, if one has not all.
+    """Modules of one rank and scale, without the ranks that are zero, and which each has left, if one has not all.
 
     PEFT prunes E's entries, and with them the rows of A and columns of B, which are zero here.
     """

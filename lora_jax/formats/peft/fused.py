@@ -30,8 +30,8 @@ def fuse(name: str, parts: Sequence[Module]) -> Module:
     if not types <= {LoRA, LoRAFA, DoRA} or (DoRA in types and not (len(types) == 1 and _whole(parts))):
         found = ", ".join(sorted(kind.__name__ for kind in types))
         raise ValueError(
-            f"'{name}' is made of several leaves, adapted with {found}: PEFT's module holds LoRA of any of them, or DoRA "
-            "of all: adapt them alike, or `merge`"
+            f"'{name}' is made of several leaves, adapted with {found}: PEFT's module holds LoRA of any of them, or "
+            "DoRA of all: adapt them alike, or `merge`"
         )
     first, whole = parts[0], _part(parts[0])[2]
     variants = [_lora(part.variant) for part in parts]

@@ -26,6 +26,7 @@ from lora_jax.variants import AdaLoRA, DoRA, LoRA
 
 Tensors = dict[str, np.ndarray]
 BASE = ".base_layer.weight"
+UNTIE = "load a model whose head is a leaf of its own, as with tie_word_embeddings=False"
 
 
 def load(directory: str | os.PathLike[str], params: Any, names: Names) -> LoraParams:
@@ -72,7 +73,7 @@ def _adapters(config: dict[str, Any], tensors: Tensors, leaves: Mapping[str, Any
             raise ValueError(f"'{path}': {error}") from error
         if adapter is not None:
             if not jnp.issubdtype(leaves[path].dtype, jnp.floating):
-                raise ValueError(f"'{path}' is {leaves[path].dtype}, which no adapter is for: give the model dequantized")
+                raise ValueError(f"'{path}' is {leaves[path].dtype}, which no adapter is for: dequantize the model")
             adapters[path] = adapter
     biases.resolve(tensors, variants, places, leaves)
     for name in used:
@@ -90,12 +91,11 @@ def _adapters(config: dict[str, Any], tensors: Tensors, leaves: Mapping[str, Any
 
 def _with_ties(config: dict[str, Any], weights: Iterable[Place]) -> dict[str, Any]:
     """The config with the head among its targets, if the table that it is tied to is, and PEFT was to tie both."""
-    heads = {
-        place.tied for place in weights if place.tied and fitting(config["target_modules"], place.modules.values())
-    }
-    if not config.get("ensure_weight_tying") or not heads or isinstance(config["target_modules"], str):
+    targets = config["target_modules"] or []
+    if not config.get("ensure_weight_tying") or isinstance(targets, str):
         return config
-    return {**config, "target_modules": sorted({*config["target_modules"], *heads})}
+    heads = {place.tied for place in weights if place.tied and fitting(targets, place.modules.values())}
+    return {**config, "target_modules": sorted({*targets, *heads})}
 
 
 def _adapter(
@@ -127,10 +127,7 @@ def _adapter(
         parts[index], own[index] = factors, variant
     if not parts:
         if place.tied and _variant(place.tied, config, tensors) is not None:
-            raise ValueError(
-                f"'{place.tied}' is adapted, and in this model it is one leaf with '{next(iter(place.modules.values()))}', "
-                "which is not: load a model whose head is a leaf of its own"
-            )
+            raise ValueError(f"'{place.tied}' is adapted, which is this leaf too, and not the table: {UNTIE}")
         return None
     if len(parts) < len(place.modules) or len({*own.values()}) > 1:
         lacking = [module for index, module in place.modules.items() if index not in parts]
@@ -188,19 +185,13 @@ def _check_tied(
     assert place.tied is not None
     other, form = _variant(place.tied, config, tensors), forms(variant, place.site(), place)
     if other is None:
-        raise ValueError(
-            f"'{module}' is adapted, and '{place.tied}', which is the same leaf in this model, is not: load a model whose "
-            "head is a leaf of its own"
-        )
+        raise ValueError(f"'{module}' is adapted, and not '{place.tied}', which is this leaf too: {UNTIE}")
     theirs = _factors(place.tied, other, place, config, tensors, used, tied=True)
     turned = forms(variant, place.site(), place, tied=True)
     for factor, x in factors.items():
         order = [turned[factor].words.index(word) for word in form[factor].words]
         if other != variant or not same_bits(x, np.ascontiguousarray(theirs[factor].transpose(order))):
-            raise ValueError(
-                f"'{module}' and '{place.tied}' have adapters that differ, and are one leaf in this model: load a model "
-                "whose head is a leaf of its own"
-            )
+            raise ValueError(f"'{module}' and '{place.tied}', which are one leaf, have adapters that differ: {UNTIE}")
 
 
 def _drop_base(tensors: Tensors, places: Mapping[str, Place], leaves: Mapping[str, Any]) -> None:

@@ -117,7 +117,7 @@ def _site(parts: Mapping[tuple[int, ...], Mapping[str, np.ndarray]], place: Plac
 
 
 def _numbered(place: Place, where: int) -> bool:
-    """Whether the modules along a stacked axis are told apart by numbers, as layers and experts are, and parts are not."""
+    """Whether modules along a stacked axis are told apart by numbers, as layers and experts are, and parts are not."""
     index = next(iter(place.modules))
     other = tuple(int(i == where) for i in range(len(index)))
     if other not in place.modules:

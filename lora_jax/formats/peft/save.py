@@ -42,9 +42,9 @@ def save(
     """Writes adapters as a folder that Hugging Face PEFT loads: adapter_config.json and adapter_model.safetensors.
 
     Factors are written in their dtypes, and the same adapters give the same bytes. `Full` is written as PEFT's
-    `modules_to_save`, or as a bias; `LoRAFA` as the LoRA that it is, and `LoRAXS` as the LoRA of A·R and B. A table that
-    is also the head gets an adapter in both of its modules. Of `dropout` PEFT has one for all modules, the largest, and
-    none for LoHa, LoKr and IA³.
+    `modules_to_save`, or as a bias; `LoRAFA` as the LoRA that it is, and `LoRAXS` as that of A·R and B. A table that is
+    also the head gets an adapter in both of its modules. Of `dropout` PEFT has one for all modules, the largest, and none
+    for LoHa, LoKr and IA³.
 
     Args:
       directory: The folder. An adapter that is there is replaced, other files in it stay; its own folder must exist.

@@ -27,8 +27,8 @@ def projections(lora_params: Mapping[str, Adapter], modules: Mapping[str, Module
         flat = [[axis for group in place.layout.side(side) for axis in group] for side in "io"]
         if flat != [[place.axes[d] for d in axes] for axes in (site.in_axes, site.out_axes)] or place.part:
             raise ValueError(
-                f"'{name}' has its inputs or outputs in another order than ours, or is made of several leaves, and VeRA's "
-                "projections are one for all: `merge` it"
+                f"'{name}' has its inputs or outputs in another order than ours, or is made of several leaves, and "
+                "VeRA's projections are one for all: `merge` it"
             )
     sizes = largest(module.place.site() for module in modules.values())
     (variant,) = {module.variant.shared_path for module in modules.values()}
@@ -51,14 +51,14 @@ def pool(variant: VeRA, tensors: dict[str, np.ndarray], sites: Iterable[Site]) -
     """
     if missing := [name for name in NAMES.values() if name not in tensors]:
         raise ValueError(
-            f"'{missing[0]}' is not in the file, and VeRA's projections are PyTorch's random numbers: save it again with "
-            "save_projection=True"
+            f"'{missing[0]}' is not in the file, and VeRA's projections are PyTorch's random numbers: save it again "
+            "with save_projection=True"
         )
     factors = {name: tensors.pop(key).T for name, key in NAMES.items()}
     inner, outer = largest(sites)
     if factors["A"].shape != (inner, variant.rank) or factors["B"].shape != (variant.rank, outer):
         raise ValueError(
-            f"VeRA's projections have shapes {factors['A'].T.shape} and {factors['B'].T.shape}, and the adapted modules "
-            f"make them {(variant.rank, inner)} and {(outer, variant.rank)}: this is not their file"
+            f"VeRA's projections have shapes {factors['A'].T.shape} and {factors['B'].T.shape}, and the adapted "
+            f"modules make them {(variant.rank, inner)} and {(outer, variant.rank)}: this is not their file"
         )
     return shared(variant, {name: jnp.asarray(np.ascontiguousarray(x)) for name, x in factors.items()})
