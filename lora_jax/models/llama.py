@@ -9,7 +9,6 @@ a head, F intermediate_size. There is no dropout: a decoder is a deterministic f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
 
 from lora_jax.models.attention import Scope, attend, remember
 from lora_jax.models.decoder import Decoder
@@ -167,16 +165,8 @@ class Llama(_Part, Decoder):
         return angles[0] if len(angles) == 1 else tuple(angles)
 
 
-def load(
-    directory: str | Path,
-    *,
-    scan: bool = True,
-    dtype: DTypeLike | None = None,
-    sha256: str | Mapping[str, str] | None = None,
-    ignore: Iterable[str] = (),
-    shardings: Any = None,
-) -> tuple[Llama, Any]:
-    """Load a decoder from a Hugging Face directory, as `lora_jax.models.load` says; `scan` is as in `Decoder`.
+def load(directory: str | Path, *, scan: bool = True, **options: Any) -> tuple[Llama, Any]:
+    """Load a decoder from a Hugging Face directory, with the options of `lora_jax.models.load`; `scan` as in `Decoder`.
 
     >>> import tempfile
     >>> from lora_jax.formats import huggingface
@@ -187,15 +177,7 @@ def load(
     True
     """
     lists = Lists(NAMES, RENAMES, IGNORED)
-    return read(
-        directory,
-        lists,
-        lambda checkpoint: Llama(Config.from_huggingface(checkpoint.config), scan=scan),
-        dtype=dtype,
-        sha256=sha256,
-        ignore=ignore,
-        shardings=shardings,
-    )
+    return read(directory, lists, lambda file: Llama(Config.from_huggingface(file.config), scan=scan), **options)
 
 
 _LAYER = r".*/layers(?:_(?P<layer>\d+))?"

@@ -37,12 +37,12 @@ def read(
     lists: Lists,
     model: Callable[[huggingface.Checkpoint], M],
     *,
-    dtype: DTypeLike | None,
-    sha256: str | Mapping[str, str] | None,
-    ignore: Iterable[str],
-    shardings: Any,
+    dtype: DTypeLike | None = None,
+    sha256: str | Mapping[str, str] | None = None,
+    ignore: Iterable[str] = (),
+    shardings: Any = None,
 ) -> tuple[M, Any]:
-    """The model that `model` makes of a checkpoint's config and tensors, and its variables, as `lora_jax.models.load`."""
+    """What `model` makes of a checkpoint, and its variables; the options are as in `lora_jax.models.load`."""
     ignored = (*lists.ignored, *ignore)
     checkpoint = huggingface.open_checkpoint(directory, renames=lists.renames, ignored=ignored, sha256=sha256)
     made = model(checkpoint)
