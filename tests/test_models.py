@@ -2,6 +2,7 @@
 
 import functools
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -14,9 +15,10 @@ from safetensors.numpy import load_file, save_file
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.formats.huggingface import CheckpointError
-from lora_jax.models import gpt2, llama
+from lora_jax.models import bert, gpt2, llama
 from lora_jax.models.decoder import Decoder
 from lora_jax.models.generate import generate, sample
+from lora_jax.models.writing import config_of
 from lora_jax.recipes import cross_entropy
 
 REFERENCES = sorted(Path(__file__).parent.glob("fixtures/models/*.npz"))
@@ -259,3 +261,12 @@ def test_what_a_config_means_that_leaves_fields_out():
     gemma = llama.Config.from_huggingface({"model_type": "gemma3_text", **sizes, "rope_parameters": rope})
     assert (gemma.rope_theta, gemma.rope_local_base_freq, gemma.rope_scaling.factor) == (1e6, 5e4, 8.0)
     assert gemma.tie_word_embeddings and gemma.layer_types == ("sliding_attention",) * 3
+
+
+@pytest.mark.parametrize("name", [file.stem for file in REFERENCES])
+def test_a_config_is_written_as_it_is_read(name):
+    kind = {"gpt2": gpt2.GPT2, "bert": bert.Bert}.get(name, llama.Llama)
+    config = sys.modules[kind.__module__].Config.from_huggingface(reference(name)["config"])
+    content = json.loads(json.dumps(config_of(kind(config))))
+    assert content["model_type"] == reference(name)["config"]["model_type"]
+    assert type(config).from_huggingface(content) == config

@@ -169,10 +169,10 @@ def load(directory: str | Path, *, scan: bool = True, **options: Any) -> tuple[L
     """Load a decoder from a Hugging Face directory, with the options of `lora_jax.models.load`; `scan` as in `Decoder`.
 
     >>> import tempfile
-    >>> from lora_jax.formats import huggingface
+    >>> from lora_jax import models
     >>> config, directory = Config(100, 8, 1, 2, 16), tempfile.mkdtemp()
     >>> params = Llama(config).init(jax.random.key(0), jnp.array([[1]]))
-    >>> _ = huggingface.save(directory, params, NAMES, config={**vars(config), "layer_types": None})
+    >>> _ = models.save(directory, Llama(config), params)
     >>> bool(jax.tree.all(jax.tree.map(jnp.array_equal, params, load(directory)[1])))
     True
     """
