@@ -8,7 +8,6 @@ import gc
 import importlib.metadata
 import os
 import sys
-import threading
 
 if "jax" in sys.modules:
     raise RuntimeError("jax was imported before conftest.py could choose its platform: is it a pytest plugin's doing?")
@@ -33,22 +32,3 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault("PJRT_NPROC", "32")
 
 gc.set_threshold(20_000, 20, 20)  # tracing allocates much and frees it all by counting references
-
-
-def _reuse_contexts():
-    """Each MLIR context serves ten programs, as in later releases: to make one takes as long as to lower a program."""
-    from jax._src.interpreters import mlir
-
-    make, kept = mlir.make_ir_context, threading.local()
-
-    def make_ir_context():
-        if not getattr(kept, "left", 0):
-            kept.context, kept.left = make(), 10
-        kept.left -= 1
-        return kept.context
-
-    mlir.make_ir_context = make_ir_context
-
-
-if importlib.metadata.version("jax").startswith("0.10."):
-    _reuse_contexts()
