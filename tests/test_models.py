@@ -161,7 +161,8 @@ def test_bfloat16_stays_bfloat16_and_the_loss_is_float32(model):
         shapes = jax.eval_shape(given.init, jax.random.key(0), IDS)
         assert jax.eval_shape(given.apply, shapes, IDS, IDS > 3).dtype == jnp.bfloat16
         assert jax.eval_shape(functools.partial(given.apply, method="loss"), shapes, IDS).dtype == jnp.float32
-        cache = jax.eval_shape(functools.partial(given.apply, method="empty_cache"), shapes, batch=2, slots=9)
+        empty = functools.partial(given.apply, batch=2, slots=9, method="empty_cache")
+        cache = jax.eval_shape(empty, shapes)
         logits, after = jax.eval_shape(functools.partial(given.apply, method="decode"), shapes, IDS, cache)
         assert {x.dtype for x in (logits, *cache[:2])} == {jnp.dtype(jnp.bfloat16)} and after == cache
 
