@@ -50,7 +50,7 @@ def _change(rng, tree):
     other_node, other_key = rng.choice(places)
     how = rng.randrange(4)
     if how == 0:
-        node[key] = rng.choice(VALUES)
+        node[key] = copy.deepcopy(rng.choice(VALUES))
     elif how == 1:
         del node[key]
     elif how == 2:
@@ -58,7 +58,7 @@ def _change(rng, tree):
     elif isinstance(node, dict):
         node[rng.choice(("x", "", key + "x", "dtype", "base"))] = node.pop(key)
     else:
-        node.append(rng.choice(VALUES))
+        node.append(copy.deepcopy(rng.choice(VALUES)))
 
 
 def _places(tree):
@@ -100,7 +100,7 @@ def damaged_folder(rng, files):
         _change(rng, header)
     else:  # numbers that are none
         begin, end = header[one]["data_offsets"]
-        at = 8 + size + rng.randrange(begin, end, 4)
+        at = 8 + size + rng.randrange(begin, max(end, begin + 1), 4)
         content = (
             content[:at] + struct.pack("<f", rng.choice((float("nan"), float("inf"), 0.0, 1e38))) + content[at + 4 :]
         )

@@ -39,7 +39,7 @@ RULES = {
     "weird.*": lora.LoRA(rank=1),
     "stack": lora.LoRA(rank=2).at(in_axes=1, out_axes=(2, 3), batch_axes=0),
 }
-FROZEN, INITIAL = lora.split(jax.random.key(0), PARAMS, RULES)
+FROZEN, INITIAL = jax.jit(lambda params: lora.split(jax.random.key(0), params, RULES))(PARAMS)
 LORA_PARAMS = randomized(INITIAL)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from checks import all_adaptable, equations, error, formed, randomized
 from flax import nnx
+from in_numpy import in_numpy
 from jax import lax
 
 import lora_jax as lora
@@ -85,15 +86,16 @@ def adapted(name, alpha=4.0):
 
     frozen, lora_params = split(model, {"w": weight}, alpha=alpha)
     lifted = step(lambda lp: lora.lift(model)(lora.attach(frozen, lp)))
-    return lifted, step(lambda lp: model(lora.merge(frozen, lp))), lora_params, randomized(lora_params, 0.3)
+    merged = step(lambda lp: model(lora.merge(frozen, lp)), in_numpy)
+    return lifted, merged, lora_params, randomized(lora_params, 0.3)
 
 
-def step(fun):
+def step(fun, run=jax.jit):
     def total(lora_params):
         y = fun(lora_params)
         return y.sum(), y
 
-    return jax.jit(jax.grad(total, has_aux=True))
+    return run(jax.grad(total, has_aux=True))
 
 
 def with_b(lora_params, change):

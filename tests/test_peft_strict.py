@@ -94,7 +94,7 @@ FIELDS = {
         (["q_proj", "up_proj"], "select 'model.layers.0.up_proj'"), ("(", "pattern"), ([1], "list of names"),
         ("all-linear", "select"), (r"(.*)\1", "not supported"), ("(?i)Q_PROJ", "not supported"),
     ],
-    "r": [(None, "no r, for which PEFT"), (4, "rank"), *((x, "its r is") for x in (0, -1, True, "2", 2.5))],
+    "r": [(None, "no r, for which PEFT"), (4, "rank"), *((x, "its r is") for x in (0, -1, True, "2", 2.5, 10**400))],
     "lora_alpha": [(None, "no lora_alpha, for which PEFT would take 8"), (10**400, "alpha"), ("6", "number")],
     "peft_type": [("PROMPT_TUNING", "what can be loaded is LORA"), (None, "peft_type"), ([], "peft_type")],
     "rank_pattern": [({"q_proj": 1}, "shape"), ({"(": 1}, "pattern"), ({"q_proj": -1}, "ranks by pattern")],
@@ -169,6 +169,8 @@ def test_patterns_match_in_bounded_time(monkeypatch):
             except ValueError as raised:
                 assert "give names instead" in str(raised)
     assert time.process_time() - start < 5
+    with pytest.raises(ValueError, match="more than 2000 patterns"):
+        patterns.lookup({f"a+{i}": 1 for i in range(2001)}, names)
     monkeypatch.setattr(regex, "STEPS", 1000)
     for many in ({"(a|b)+": 1, **{f"(a|b){i}": 1 for i in range(99)}}, {f"{'.' * i}a": 1 for i in range(2000)}):
         with pytest.raises(ValueError, match="too long to match"):

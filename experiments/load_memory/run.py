@@ -169,8 +169,8 @@ def main():
             if out.exists():
                 row["same_files"] = all(filecmp.cmp(file, out / file.name, shallow=False) for file in folder.iterdir())
             rows.append(row)
-            print(f"{case:30} peak {row['peak'] / 1e6:6.0f} MB, beyond what is loaded {row['beyond'] / 1e6:6.0f} MB, "
-                  f"{row['seconds']:.0f} s, {row['cpu']:.0f} s of CPU", row.get("same_files", ""), flush=True)  # fmt: skip
+            sizes = [f"{row[name] / 1e6:.0f} MB" for name in ("peak", "beyond")]
+            print(case, *sizes, f"{row['seconds']:.0f} s, {row['cpu']:.0f} s of CPU", row.get("same_files"), flush=True)
     versions = {name: __import__(name).__version__ for name in ("jax", "numpy", "safetensors")}
     about = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",

@@ -1,54 +1,62 @@
-"""Tiny models of transformers, by class name: one config makes the Flax model and the PyTorch one."""
+"""A case's model in JAX: what computes logits from its parameters, and their shapes."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-_TEXT = {"vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
-_DECODER = {**_TEXT, "num_key_value_heads": 2, "head_dim": 6, "max_position_embeddings": 20}
-_ENCODER = {**_TEXT, "max_position_embeddings": 20}
-_IMAGE = {**{k: v for k, v in _TEXT.items() if k != "vocab_size"}, "image_size": 8, "patch_size": 4}
-_WHISPER = {
-    "vocab_size": 50, "d_model": 24, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "num_mel_bins": 10,
-    "max_source_positions": 16, "max_target_positions": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    "decoder_start_token_id": 1, "begin_suppress_tokens": None, "suppress_tokens": None,
-}  # fmt: skip
-_T5 = {
-    "vocab_size": 50,
-    "d_model": 24,
-    "d_kv": 5,
-    "num_heads": 4,
-    "d_ff": 40,
-    "num_layers": 2,
-    "decoder_start_token_id": 0,
-}
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cases import Case, logits
+from flax import nnx
 
-# class: (config's class, its fields)
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "GPT2LMHeadModel": ("GPT2Config", {"vocab_size": 50, "n_positions": 20, "n_embd": 24, "n_layer": 2, "n_head": 4}),
-    "LlamaForCausalLM": ("LlamaConfig", {**_DECODER, "head_dim": None}),
-    "MistralForCausalLM": ("MistralConfig", {**_DECODER, "sliding_window": None}),
-    "GemmaForCausalLM": ("GemmaConfig", {**_DECODER, "head_dim": 8}),
-    "BertForMaskedLM": ("BertConfig", _ENCODER),
-    "BertForSequenceClassification": ("BertConfig", _ENCODER),
-    "RobertaForMaskedLM": ("RobertaConfig", _ENCODER),
-    "RobertaForSequenceClassification": ("RobertaConfig", _ENCODER),
-    "T5ForConditionalGeneration": ("T5Config", _T5),
-    "ViTForImageClassification": ("ViTConfig", {**_IMAGE, "num_labels": 3}),
-    "WhisperForConditionalGeneration": ("WhisperConfig", _WHISPER),
-    "CLIPModel": ("CLIPConfig", {"text_config": _ENCODER, "vision_config": _IMAGE, "projection_dim": 12}),
-}
-T5_GATED = {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
-MODELS_BESIDE = {"T5 gated": ("T5ForConditionalGeneration", "T5Config", T5_GATED)}
+Call = Callable[[Any, dict[str, np.ndarray]], np.ndarray]
 
 
-def config(name: str) -> tuple[str, Any]:
-    """(the PyTorch model's class, its config) of an entry's name."""
+def flax_model(case: Case, folder: Path) -> tuple[Call, Any]:
+    """transformers' Flax model."""
     import transformers
 
-    kind, cls, fields = MODELS_BESIDE.get(name, (name, *MODELS.get(name, ("", {}))))
-    return kind, getattr(transformers, cls)(**fields)
+    clip = jnp.clip  # whose arguments had other names when T5 was written
+    jnp.clip = lambda x, a_min=None, a_max=None, **others: clip(x, a_min, a_max, **others)
+    config = getattr(transformers, case.config).from_pretrained(folder)
+    model = getattr(transformers, f"Flax{case.model}")(config, _do_init=False)
+
+    def call(params: Any, batch: dict[str, np.ndarray]) -> np.ndarray:
+        return np.asarray(logits(model(**batch, params=params)))
+
+    return call, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(model.params_shape_tree))
 
 
-NAMES = (*MODELS, *MODELS_BESIDE)
+def tunix_model(case: Case, folder: Path) -> tuple[Call, Any]:
+    """Tunix's model. Importing `tunix` imports its trainers, so the packages above the model's file are not run."""
+    file, cls, fields = case.tunix or ("", "", {})
+    for package in ("tunix", "tunix.generate", "tunix.models", f"tunix.models.{file}"):
+        spec = importlib.util.find_spec(package)
+        assert spec is not None
+        sys.modules.setdefault(package, importlib.util.module_from_spec(spec))
+    module = importlib.import_module(f"tunix.models.{file}.model")
+    if file == "gemma":
+        kinds = module.AttentionType
+        fields = {
+            **fields,
+            "attention_types": (kinds.LOCAL_SLIDING if case.map == "GEMMA2" else kinds.GLOBAL, kinds.GLOBAL),
+        }
+    if file == "gemma3":
+        fields = {**fields, "global_base_frequency": 1_000_000, "param_dtype": jnp.float32}
+    config = module.ModelConfig(**fields)
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: getattr(module, cls)(config, rngs=nnx.Rngs(0))))
+
+    def call(params: Any, batch: dict[str, np.ndarray]) -> np.ndarray:
+        ids = jnp.asarray(batch["input_ids"])
+        length = ids.shape[1]
+        mask = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (len(ids), length, length))
+        positions = jnp.broadcast_to(jnp.arange(length), ids.shape)
+        return np.asarray(nnx.merge(graph, params)(ids, positions, None, mask)[0], np.float32)
+
+    return call, shapes

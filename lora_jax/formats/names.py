@@ -2,15 +2,16 @@
 
 A model brings a tuple of (pattern, template, layout), for weights and adapters alike; one matches each leaf's module:
 
-- pattern: a regex that matches the path of our module in full: a leaf's path without its last part, such as `kernel`;
-- template: their module, `\\1` from the pattern and `{layer}` from its group of this name. Where no such group matched,
-  `layer` is a leading axis of ours, and each of its entries a module of theirs: so one entry serves a model whether its
-  layers are stacked or not. `{part:k_proj,v_proj}` is an axis whose entries have these names. `qkv_proj[1]`: ours are
-  the outputs of theirs from where those of `[0]` end. `embed_tokens=lm_head`: an embedding of ours that is also their
-  linear layer lm_head, where no leaf of ours is that by itself;
+- pattern: a regex that matches the path of our module in full: a leaf's path without its last part, where that is one
+  of `ROLES`, such as `kernel`; else all of it, but for `_bias` at its end;
+- template: their module, `\\1` from the pattern and `{layer}` from its group of this name, with dots for slashes. Where
+  no such group matched, `layer` is a leading axis of ours, and each of its entries a module of theirs: so one entry
+  serves a model whether its layers are stacked or not. `{part:k_proj,v_proj}` is an axis whose entries have these
+  names. `qkv_proj[1]`: ours are the outputs of theirs from where those of `[0]` end. `embed_tokens=lm_head`: an
+  embedding of ours that is also their linear layer lm_head, where no leaf of ours is that by itself;
 - layout: "linear", "conv1d" (transformers' linear layer of this name), "conv", "embedding", "vector", "experts" and
-  "transposed_experts" (bare parameters; the latter of modules that say `is_transposed`); or one of these with axes, as
-  einops has them: "linear: in heads width -> (heads width) in".
+  "transposed_experts" (bare parameters; the latter of modules that say `is_transposed`), "parameter" (a tensor by its
+  own name, of any shape); or one of these with axes, as in einops: "linear: in heads width -> (heads width) in".
 """
 
 from __future__ import annotations
@@ -38,12 +39,13 @@ KINDS = {
     "experts": ("expert in out -> expert out in", "boi", "linear"),
     "transposed_experts": ("expert in out -> expert in out", "bio", "linear"),
     "vector": ("out -> out", "o", "other"),
+    "parameter": ("", "", "other"),  # with as many axes as the leaf has
 }
 BARE = ("experts", "transposed_experts")
 BLANK = r"\{(\w+)(?::([^}]*))?\}"  # of a template
 # The last part of a leaf's path, in Flax, Haiku, Equinox or Tunix, and Hugging Face's name for it.
 WEIGHT, BIAS = "weight", "bias"
-ROLES = dict.fromkeys(("kernel", "embedding", "scale", "weight", "w", "input_embedding"), WEIGHT)
+ROLES: dict[str, str] = dict.fromkeys(("kernel", "embedding", "scale", "weight", "w", "input_embedding"), WEIGHT)
 ROLES |= dict.fromkeys(("bias", "b"), BIAS)
 
 
@@ -107,7 +109,7 @@ class Place:
     @property
     def tensors(self) -> dict[tuple[int, ...], str]:
         """The name of their tensor for each index along `stacked`; experts are parameters of no module of their own."""
-        suffix = "" if self.layout.kind in BARE and self.role == WEIGHT else f".{self.role}"
+        suffix = "" if self.layout.kind in (*BARE, "parameter") and self.role == WEIGHT else f".{self.role}"
         return {index: module + suffix for index, module in self.modules.items()}
 
     @property
@@ -121,7 +123,7 @@ class Place:
 
     def site(self) -> Site:
         """The leaf's site, as tracing a model finds it that uses the leaf as theirs does."""
-        if self.role == BIAS or self.layout.kind == "vector":
+        if self.role == BIAS or self.layout.kind in ("vector", "parameter"):
             return Site(self.shape, "other")
         dims = {which: self._dims(self.layout.side(which)) for which in ("i", "o", "w", "iw")}
         batch = tuple(d for d in range(len(self.shape)) if d not in (*dims["iw"], *dims["o"]))
@@ -214,6 +216,8 @@ def parse(layout: str) -> Layout:
     kind, _, axes = layout.partition(":")
     if kind not in KINDS:
         raise ValueError(f"the layout '{layout}' is of no known kind: use one of {', '.join(KINDS)}")
+    if layout == "parameter":
+        return Layout(kind, (), ())
     left, _, right = (axes or KINDS[kind][0]).partition("->")
     groups = tuple(tuple((group or single).split()) for group, single in re.findall(r"\(([^)]*)\)|(\w+)", right))
     ours, theirs = tuple(left.split()), [axis for group in groups for axis in group]
@@ -226,20 +230,26 @@ def parse(layout: str) -> Layout:
 
 def _place(path: str, shape: tuple[int, ...], names: Names) -> tuple[Place, int | None] | None:
     """The place of a leaf, but for how large the parts before it are, and which part it is."""
-    module, _, last = path.removesuffix("/value").rpartition("/")  # nnx.State has Variables as nodes of its tree
+    path = path.removesuffix("/value")  # nnx.State has Variables as nodes of its tree
+    module, _, last = path.rpartition("/")
+    role = ROLES.get(last, BIAS if last.endswith("_bias") else WEIGHT)
+    module = module if last in ROLES else path.removesuffix("_bias")
     matches = [(match, *entry[1:]) for entry in names if (match := re.fullmatch(entry[0], module))]
-    if last not in ROLES or not matches:
+    if not matches:
         return None
     if len(matches) > 1:
         patterns = " and ".join(f"'{match.re.pattern}'" for match, *_ in matches)
         raise ValueError(f"'{path}' matches {patterns}: correct the names, so that one entry matches each module")
     ((match, template, layout),) = matches
-    role, layout = ROLES[last], parse(layout)
-    given = {name: value for name, value in match.groupdict().items() if value is not None}
+    layout = parse(layout)
+    given = {name: value.replace("/", ".") for name, value in match.groupdict().items() if value is not None}
     template, _, tied = match.expand(template).partition("=")
     template, _, part = template.rstrip("]").partition("[")
     blanks = {name: choices.split(",") if choices else None for name, choices in re.findall(BLANK, template)}
     pending = {name: choices for name, choices in blanks.items() if name not in given}
+    if layout.kind == "parameter":
+        own = tuple(f"axis_{i}" for i in range(len(shape) - len(pending)))
+        layout = Layout(layout.kind, own, tuple((axis,) for axis in own))
     inside = {axis for group in (layout.theirs if role == WEIGHT else layout.side("o")) for axis in group}
     own = [axis for axis in layout.ours if axis in inside or axis in pending]
     axes = (*(name for name in pending if name not in own), *own)

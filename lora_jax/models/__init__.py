@@ -10,13 +10,10 @@ from typing import Any
 from jax.typing import DTypeLike
 
 from lora_jax.formats.huggingface.directory import CONFIG, read_json
-from lora_jax.models.families import FAMILIES
 from lora_jax.models.generate import generate
+from lora_jax.models.writing import MODULES, save
 
-__all__ = ["MODULES", "generate", "load"]
-
-# The file of each model_type.
-MODULES = {"bert": "bert", "gpt2": "gpt2", **dict.fromkeys(FAMILIES, "llama")}
+__all__ = ["MODULES", "generate", "load", "save"]
 
 
 def load(

@@ -7,14 +7,13 @@ is a deterministic function of its parameters and inputs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.typing import DTypeLike
 
 from lora_jax.formats import huggingface
 from lora_jax.models.fields import check_fields, check_fixed, given
@@ -178,15 +177,8 @@ class Bert(_Part):
         return jnp.tanh(self.pooler(hidden[:, 0]))
 
 
-def load(
-    directory: str | Path,
-    *,
-    dtype: DTypeLike | None = None,
-    sha256: str | Mapping[str, str] | None = None,
-    ignore: Iterable[str] = (),
-    shardings: Any = None,
-) -> tuple[Bert, Any]:
-    """Load an encoder from a Hugging Face directory, as `lora_jax.models.load` says, with a pooler if it has one.
+def load(directory: str | Path, **options: Any) -> tuple[Bert, Any]:
+    """Load an encoder from a Hugging Face directory, with a pooler if it has one; options as in `lora_jax.models.load`.
 
     >>> import tempfile
     >>> config, directory = Config(100, 8, 1, 2, 16), tempfile.mkdtemp()
@@ -200,8 +192,7 @@ def load(
         pooler = any(name.startswith("pooler.") for name in checkpoint.tensors)
         return Bert(Config.from_huggingface(checkpoint.config, pooler))
 
-    lists = Lists(NAMES, RENAMES, IGNORED)
-    return read(directory, lists, model, dtype=dtype, sha256=sha256, ignore=ignore, shardings=shardings)
+    return read(directory, Lists(NAMES, RENAMES, IGNORED), model, **options)
 
 
 # Our modules, Hugging Face's names for them, and how their axes lie (see `lora_jax.formats.names`).

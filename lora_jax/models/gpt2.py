@@ -7,7 +7,7 @@ dropout: a decoder is a deterministic function of its parameters and inputs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
-from jax.typing import DTypeLike
 
 from lora_jax.models.attention import Scope, attend, remember
 from lora_jax.models.decoder import Decoder
@@ -182,16 +181,8 @@ class GPT2(_Part, Decoder):
         return self.embeddings(input_ids) + self.position_embeddings(positions)
 
 
-def load(
-    directory: str | Path,
-    *,
-    scan: bool = True,
-    dtype: DTypeLike | None = None,
-    sha256: str | Mapping[str, str] | None = None,
-    ignore: Iterable[str] = (),
-    shardings: Any = None,
-) -> tuple[GPT2, Any]:
-    """Load a decoder from a Hugging Face directory, as `lora_jax.models.load` says; `scan` is as in `Decoder`.
+def load(directory: str | Path, *, scan: bool = True, **options: Any) -> tuple[GPT2, Any]:
+    """Load a decoder from a Hugging Face directory, with the options of `lora_jax.models.load`; `scan` as in `Decoder`.
 
     >>> import tempfile
     >>> from lora_jax.formats import huggingface
@@ -203,16 +194,8 @@ def load(
     >>> bool(jax.tree.all(jax.tree.map(jnp.array_equal, params, load(directory)[1])))
     True
     """
-    lists = Lists(NAMES, RENAMES, IGNORED, TIED)
-    return read(
-        directory,
-        lists,
-        lambda checkpoint: GPT2(Config.from_huggingface(checkpoint.config), scan=scan),
-        dtype=dtype,
-        sha256=sha256,
-        ignore=ignore,
-        shardings=shardings,
-    )
+    lists = Lists(NAMES, RENAMES, IGNORED)
+    return read(directory, lists, lambda file: GPT2(Config.from_huggingface(file.config), scan=scan), **options)
 
 
 _LAYER = r".*/layers(?:_(?P<layer>\d+))?"
@@ -231,4 +214,3 @@ NAMES = (
 )
 RENAMES = ((r"((?:wte|wpe|h|ln_f)\..*)", r"transformer.\1"),)  # the first checkpoints, and models without their head
 IGNORED = (r"transformer\.h\.\d+\.attn\.(masked_)?bias",)  # the causal mask
-TIED = (("lm_head.weight", "transformer.wte.weight"),)

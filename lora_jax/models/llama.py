@@ -9,7 +9,6 @@ a head, F intermediate_size. There is no dropout: a decoder is a deterministic f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
 
 from lora_jax.models.attention import Scope, attend, remember
 from lora_jax.models.decoder import Decoder
@@ -26,7 +24,7 @@ from lora_jax.models.loading import Lists, read
 from lora_jax.models.part import ACTIVATIONS, Norm, Part
 from lora_jax.models.rotary import frequencies, rotate
 
-__all__ = ["IGNORED", "NAMES", "RENAMES", "TIED", "Config", "Llama", "load", "partition_rules"]
+__all__ = ["IGNORED", "NAMES", "RENAMES", "Config", "Llama", "load", "partition_rules"]
 
 ALL = 2**31 - 1  # the window of a layer that sees all tokens, where others do not
 
@@ -167,35 +165,19 @@ class Llama(_Part, Decoder):
         return angles[0] if len(angles) == 1 else tuple(angles)
 
 
-def load(
-    directory: str | Path,
-    *,
-    scan: bool = True,
-    dtype: DTypeLike | None = None,
-    sha256: str | Mapping[str, str] | None = None,
-    ignore: Iterable[str] = (),
-    shardings: Any = None,
-) -> tuple[Llama, Any]:
-    """Load a decoder from a Hugging Face directory, as `lora_jax.models.load` says; `scan` is as in `Decoder`.
+def load(directory: str | Path, *, scan: bool = True, **options: Any) -> tuple[Llama, Any]:
+    """Load a decoder from a Hugging Face directory, with the options of `lora_jax.models.load`; `scan` as in `Decoder`.
 
     >>> import tempfile
-    >>> from lora_jax.formats import huggingface
+    >>> from lora_jax import models
     >>> config, directory = Config(100, 8, 1, 2, 16), tempfile.mkdtemp()
     >>> params = Llama(config).init(jax.random.key(0), jnp.array([[1]]))
-    >>> _ = huggingface.save(directory, params, NAMES, config={**vars(config), "layer_types": None})
+    >>> _ = models.save(directory, Llama(config), params)
     >>> bool(jax.tree.all(jax.tree.map(jnp.array_equal, params, load(directory)[1])))
     True
     """
-    lists = Lists(NAMES, RENAMES, IGNORED, TIED)
-    return read(
-        directory,
-        lists,
-        lambda checkpoint: Llama(Config.from_huggingface(checkpoint.config), scan=scan),
-        dtype=dtype,
-        sha256=sha256,
-        ignore=ignore,
-        shardings=shardings,
-    )
+    lists = Lists(NAMES, RENAMES, IGNORED)
+    return read(directory, lists, lambda file: Llama(Config.from_huggingface(file.config), scan=scan), **options)
 
 
 _LAYER = r".*/layers(?:_(?P<layer>\d+))?"
@@ -220,4 +202,3 @@ NAMES = (
 )
 RENAMES = ((r"((?:embed_tokens|layers|norm)\..*)", r"model.\1"),)  # files of a model without its head
 IGNORED = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)  # made from the config
-TIED = (("lm_head.weight", "model.embed_tokens.weight"),)

@@ -25,13 +25,11 @@ class Lists(NamedTuple):
       names: Where its leaves are (see `lora_jax.formats.names`).
       renames: (regex, replacement) pairs for other spellings of their names.
       ignored: Regexes of tensors that carry nothing to learn.
-      tied: Pairs of a tensor that may be written though it is another, and that other.
     """
 
     names: Names
     renames: Iterable[tuple[str, str]] = ()
     ignored: Iterable[str] = ()
-    tied: Iterable[tuple[str, str]] = ()
 
 
 def read(
@@ -39,16 +37,14 @@ def read(
     lists: Lists,
     model: Callable[[huggingface.Checkpoint], M],
     *,
-    dtype: DTypeLike | None,
-    sha256: str | Mapping[str, str] | None,
-    ignore: Iterable[str],
-    shardings: Any,
+    dtype: DTypeLike | None = None,
+    sha256: str | Mapping[str, str] | None = None,
+    ignore: Iterable[str] = (),
+    shardings: Any = None,
 ) -> tuple[M, Any]:
-    """The model that `model` makes of a checkpoint's config and tensors, and its variables, as `lora_jax.models.load`."""
+    """What `model` makes of a checkpoint, and its variables; the options are as in `lora_jax.models.load`."""
     ignored = (*lists.ignored, *ignore)
-    checkpoint = huggingface.open_checkpoint(
-        directory, renames=lists.renames, ignored=ignored, tied=lists.tied, sha256=sha256
-    )
+    checkpoint = huggingface.open_checkpoint(directory, renames=lists.renames, ignored=ignored, sha256=sha256)
     made = model(checkpoint)
     shapes = jax.eval_shape(made.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
     params = huggingface.fill(shapes, checkpoint, lists.names, dtype, shardings=shardings)

@@ -4,8 +4,7 @@ A model brings a few short lists (see `lora_jax.models.bert`), and this package 
 
 - names: where its leaves are in their modules (see `lora_jax.formats.names`);
 - renames: (their spelling, the spelling that `names` uses), for prefixes and for older spellings;
-- ignored: their tensors that carry nothing to learn, such as the constant `position_ids`;
-- tied: (a tensor that may be written though it is another, that other), such as the head of tied embeddings.
+- ignored: their tensors that carry nothing to learn, such as the constant `position_ids`.
 """
 
 from lora_jax.formats.huggingface.checkpoint import Checkpoint, open_checkpoint

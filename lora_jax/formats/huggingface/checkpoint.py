@@ -19,14 +19,12 @@ class Checkpoint(NamedTuple):
       config: What config.json says.
       tensors: By the names that the model's list uses.
       ignored: Those left out.
-      tied: Pairs of a tensor that may be written though it is another, and that other.
     """
 
     directory: Path
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     ignored: tuple[Tensor, ...] = ()
-    tied: tuple[tuple[str, str], ...] = ()
 
 
 def open_checkpoint(
@@ -34,7 +32,6 @@ def open_checkpoint(
     *,
     renames: Iterable[tuple[str, str]] = (),
     ignored: Iterable[str] = (),
-    tied: Iterable[tuple[str, str]] = (),
     sha256: str | Mapping[str, str] | None = None,
 ) -> Checkpoint:
     """Read the config and the headers of a Hugging Face directory, and check that its files belong together.
@@ -44,7 +41,6 @@ def open_checkpoint(
         `download` gets one from the hub.
       renames: (regex, replacement) pairs, applied in order to each tensor's name where the regex matches in full.
       ignored: Regexes; a tensor whose name, in the file or renamed, matches one in full is left out.
-      tied: (name, other) pairs: a tensor of the first name that no leaf needs must be the other, bit for bit.
       sha256: The hex digest of the weights file, or of each by its file name; compared before anything is parsed.
 
     Raises:
@@ -77,4 +73,4 @@ def open_checkpoint(
             clashes.append(f"'{tensors[name].name}' and '{tensor.name}' both stand for '{name}'")
         tensors[name] = tensor
     raise_if(clashes, f"'{directory}': two tensors for one parameter; take one of each pair out of the files")
-    return Checkpoint(directory, config, tensors, tuple(left_out), tuple(tied))
+    return Checkpoint(directory, config, tensors, tuple(left_out))

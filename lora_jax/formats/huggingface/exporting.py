@@ -20,7 +20,7 @@ from lora_jax.formats import atomic
 from lora_jax.formats.huggingface import slices
 from lora_jax.formats.huggingface.checkpoint import Checkpoint
 from lora_jax.formats.huggingface.directory import CONFIG, INDEX, WEIGHTS, others, raise_if, read_json
-from lora_jax.formats.huggingface.filling import located, part_dimension, stacked
+from lora_jax.formats.huggingface.filling import located, part_dimension, stacked, twins
 from lora_jax.formats.huggingface.tensors import Lazy, cast
 from lora_jax.formats.huggingface.tensors import write as write_file
 from lora_jax.formats.names import Names, Place, arrange
@@ -54,13 +54,16 @@ def export(params: Any, names: Names) -> dict[str, Lazy]:
     return tensors
 
 
-def save(directory: str | Path, params: Any, names: Names, **options: Any) -> Path:
+def save(
+    directory: str | Path, params: Any, names: Names, *, source: str | Path | Checkpoint | None = None, **options: Any
+) -> Path:
     """Save a model's parameters, such as merged ones, as transformers' save_pretrained does.
 
     Args:
       directory: See `write`.
       params: The parameters.
       names: The model's list.
+      source: See `write`. A head of tied embeddings is written if a `Checkpoint` has it.
       **options: See `write`.
 
     Returns:
@@ -76,7 +79,11 @@ def save(directory: str | Path, params: Any, names: Names, **options: Any) -> Pa
     ...     sorted(file.name for file in save(f"{folder}/model", params, names, config={}).iterdir())
     ['config.json', 'model.safetensors']
     """
-    return write(directory, export(params, names), **options)
+    tensors = export(params, names)
+    if isinstance(source, Checkpoint):
+        heads = twins(located(tree.flatten(params)[0], names)).items()
+        tensors |= {name: tensors[other] for name, other in heads if name in source.tensors}
+    return write(directory, tensors, source=source, **options)
 
 
 def write(
@@ -144,19 +151,15 @@ def _made(parts: list[tuple[Place, Any, tuple[int, ...]]]) -> np.ndarray:
 
 def _as_in(source: Checkpoint, tensors: Mapping[str, Any], check: bool) -> dict[str, Any]:
     """Tensors by the names of a checkpoint's files, and all others that they hold."""
-    written = {**tensors}
-    for name, other in source.tied:
-        if name in source.tensors and name not in written and other in written:
-            written[name] = written[other]
     if check:
-        known, given = ({name: tuple(x.shape) for name, x in of.items()} for of in (source.tensors, written))
+        known, given = ({name: tuple(x.shape) for name, x in of.items()} for of in (source.tensors, tensors))
         wrong = [
             f"'{name}' {known.get(name, 'is not in it')}, given {given.get(name, 'none')}"
             for name in sorted({*known, *given})
             if known.get(name) != given.get(name)
         ]
         raise_if(wrong, f"these are not the tensors of '{source.directory}'; give config= for a model of their own")
-    spelled = {source.tensors[name].name if name in source.tensors else name: x for name, x in written.items()}
+    spelled = {source.tensors[name].name if name in source.tensors else name: x for name, x in tensors.items()}
     return spelled | {tensor.name: tensor for tensor in source.ignored}
 
 

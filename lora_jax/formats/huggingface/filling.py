@@ -28,7 +28,7 @@ def fill(
     """Fill the parameters from a checkpoint, with nothing left empty and nothing left over.
 
     One tensor at a time is read, and goes to the devices that hold it: beyond what is loaded, the host needs memory for
-    the largest alone.
+    the largest alone. A head of tied embeddings that is there all the same must be the embeddings, bit for bit.
 
     Args:
       params: The parameters, or their shapes as `jax.eval_shape(model.init, ...)` gives them.
@@ -96,6 +96,12 @@ def stacked(place: Place) -> tuple[int, ...]:
     return tuple(place.axes.index(axis) for axis in place.stacked)
 
 
+def twins(places: Mapping[str, Place]) -> dict[str, str]:
+    """Their tensors that may be written though they are others, and those others: heads of tied embeddings."""
+    tied = (place for place in places.values() if place.tied)
+    return {f"{place.tied}.{place.role}": name for place in tied for name in place.tensors.values()}
+
+
 def part_dimension(place: Place) -> int:
     """The dimension of their tensor along which a leaf is a part of it."""
     return place.groups.index(place.layout.side("o")[0])
@@ -103,13 +109,12 @@ def part_dimension(place: Place) -> int:
 
 def _check(checkpoint: Checkpoint, places: Mapping[str, Place], dtype: DTypeLike | None) -> None:
     """Raises where the tensors do not fit the leaves."""
-    problems, used = [], set()
+    problems = []
     left_over = dict(checkpoint.tensors)
     for path, place in places.items():
         stored: dict[str, str] = {}
         for name in place.tensors.values():
             tensor = checkpoint.tensors.get(name)
-            used.add(name)
             left_over.pop(name, None)
             if tensor is None:
                 problems.append(f"missing: '{name}' {place.theirs} for {path}")
@@ -128,8 +133,8 @@ def _check(checkpoint: Checkpoint, places: Mapping[str, Place], dtype: DTypeLike
             problems.append(f"{path} is stacked of {kinds}: give dtype=")
     ties = [
         (left_over.pop(name), checkpoint.tensors[other])
-        for name, other in checkpoint.tied
-        if name in left_over and other in used and other in checkpoint.tensors
+        for name, other in twins(places).items()
+        if name in left_over and other in checkpoint.tensors
     ]
     problems += [f"left over: '{tensor.name}' {tensor.shape} {tensor.stored}" for tensor in left_over.values()]
     remedy = "load a config.json and weights that belong together"
@@ -143,8 +148,10 @@ def _check(checkpoint: Checkpoint, places: Mapping[str, Place], dtype: DTypeLike
 
 def _read(tensor: Tensor, place: Place, dtype: np.dtype[Any]) -> np.ndarray:
     """A leaf's entry of a tensor, as we have it: read by rows, so that memory holds it once."""
+    if not tensor.shape:
+        return np.asarray(tensor, dtype)
     axes = [axis for axis in place.axes if axis not in place.stacked]
-    ours = np.empty([place.sizes[axis] for axis in axes], dtype)
+    ours = slices.empty([place.sizes[axis] for axis in axes], dtype)
     theirs = ours.transpose([axes.index(axis) for group in place.groups for axis in group])
     if not place.groups[0]:
         theirs = theirs[None]

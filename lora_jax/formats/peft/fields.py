@@ -19,15 +19,15 @@ from lora_jax.formats.description import shown
 
 # What a value may be: how a message calls it, and whether one is it.
 KINDS = {
-    "count": ("a whole number, 1 or more", lambda x: type(x) is int and x >= 1),
-    "whole": ("a whole number", lambda x: type(x) is int),
+    "count": ("a whole number, 1 or more", lambda x: _is_count(x)),
+    "whole": ("a whole number", lambda x: type(x) is int and _is_number(x)),
     "number": ("a finite number", lambda x: _is_number(x)),
     "probability": ("a number from 0 to below 1", lambda x: _is_number(x) and 0 <= x < 1),
     "flag": ("true or false", lambda x: type(x) is bool),
     "names": ("a pattern, or a list of names", lambda x: isinstance(x, str) or _are_names(x)),
     "list": ("a list of names", lambda x: _are_names(x)),
     "layers": ("a number, or a list of them", lambda x: _is_layer(x) or _is_list(x, _is_layer)),
-    "ranks": ("ranks by pattern", lambda x: _is_dict(x, lambda r: type(r) is int and r >= 1)),
+    "ranks": ("ranks by pattern", lambda x: _is_dict(x, _is_count)),
     "alphas": ("numbers by pattern", lambda x: _is_dict(x, _is_number)),
     "masks": ("lists of booleans by tensor", lambda x: _is_dict(x, lambda y: _is_list(y, _is_flag))),
     "bias": ("none, all, lora_only or vera_only", lambda x: x in ("none", "all", "lora_only", "vera_only")),
@@ -221,6 +221,10 @@ def _is_elsewhere(name: str, config: Mapping[str, Any]) -> bool:
 
 def _is_number(x: Any) -> bool:
     return type(x) in (int, float) and abs(x) < 2**63 and math.isfinite(x)
+
+
+def _is_count(x: Any) -> bool:
+    return type(x) is int and 1 <= x < 2**31
 
 
 def _is_flag(x: Any) -> bool:

@@ -73,18 +73,14 @@ def _adapters(config: dict[str, Any], tensors: Tensors, leaves: Mapping[str, Any
             raise ValueError(f"'{path}': {error}") from error
         if adapter is not None:
             if not jnp.issubdtype(leaves[path].dtype, jnp.floating):
-                raise ValueError(
-                    f"'{path}' is {leaves[path].dtype}, which no adapter is for: give the model dequantized"
-                )
+                raise ValueError(f"'{path}' is {leaves[path].dtype}, which no adapter is for: dequantize the model")
             adapters[path] = adapter
     biases.resolve(tensors, variants, places, leaves)
     for name in used:
         del tensors[name]
     adapters |= full.taken(tensors, places, leaves)
-    if config["peft_type"] == "VERA" and adapters:
-        sites = [adapter.site for adapter in adapters.values() if adapter.variant.shared]
-        (variant,) = {adapter.variant for adapter in adapters.values() if adapter.variant.shared}
-        adapters |= vera.pool(variant, tensors, sites)  # pyright: ignore[reportArgumentType]
+    if users := [adapter for adapter in adapters.values() if adapter.variant.shared]:
+        adapters |= vera.pool(users, tensors)
     if tensors:
         found = ", ".join(sorted(tensors)[:5])
         raise ValueError(f"tensors that have no place in the model: {found}{tree.close_to(found, places)}")
@@ -93,12 +89,11 @@ def _adapters(config: dict[str, Any], tensors: Tensors, leaves: Mapping[str, Any
 
 def _with_ties(config: dict[str, Any], weights: Iterable[Place]) -> dict[str, Any]:
     """The config with the head among its targets, if the table that it is tied to is, and PEFT was to tie both."""
-    heads = {
-        place.tied for place in weights if place.tied and fitting(config["target_modules"], place.modules.values())
-    }
-    if not config.get("ensure_weight_tying") or not heads or isinstance(config["target_modules"], str):
+    targets = config["target_modules"] or []
+    if not config.get("ensure_weight_tying") or isinstance(targets, str):
         return config
-    return {**config, "target_modules": sorted({*config["target_modules"], *heads})}
+    heads = {place.tied for place in weights if place.tied and fitting(targets, place.modules.values())}
+    return {**config, "target_modules": sorted({*targets, *heads})}
 
 
 def _adapter(

@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_jax.formats.peft.regex import matches, parse, spend, steps
 
+MANY = 2000
 _PLAIN = re.compile(r"\^?(?:\w|\\?[./-])+")  # a pattern that is a name, whose unescaped dots are any character
 Chosen = Callable[[str], bool]
 
@@ -130,8 +131,10 @@ def _sorted(patterns: Mapping[str, Any]) -> tuple[dict[Any, dict[str, int]], lis
             gaps = tuple(at for at, letter in enumerate(letters) if letter == ".")
             group = plain.setdefault((pattern[0] == "^", len(letters), gaps), {})
             group.setdefault("".join(letter[-1] for letter in letters if letter != "."), i)
-        else:
+        elif len(others) < MANY:
             others.append((i, parse(rf"(.*\.)?({pattern})$")))
+        else:
+            raise ValueError(f"the configuration has more than {MANY} patterns that are no names: give names instead")
     return plain, others
 
 

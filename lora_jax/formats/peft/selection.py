@@ -14,7 +14,7 @@ from lora_jax.formats.peft.read import SHARED
 ALL_LINEAR = "all-linear"
 LORA_BIAS = ".lora_B.bias"
 BASE = ".base_layer"  # what a second adapter of one module wraps
-_TENSOR = re.compile(r"(.+)\.(?:lora|vera|hada|lokr|ia3)_\w+(?:\.\w+)*")
+_TENSOR = re.compile(r"(.+)\.(?:lora|vera_lambda|hada|lokr|ia3)_\w+(?:\.\w+)*")
 
 
 def resolved(config: Mapping[str, Any], tensors: Collection[str], kinds: Mapping[str, str]) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def _check_others(
 
 def _expected(config: Mapping[str, Any], kinds: Mapping[str, str]) -> set[str]:
     """The modules that would have adapters, with what they wrap where a module has several parameters that do."""
-    modules = [name for name, kind in kinds.items() if "experts" not in kind]
+    modules = [name for name, kind in kinds.items() if "experts" not in kind and kind != "parameter"]
     if _all_linear(config.get("target_modules")):
         linear = [name for name in modules if kinds[name] in ("linear", "conv1d")]
         expected = {*selected({**config, "target_modules": ".*"}, linear)}
