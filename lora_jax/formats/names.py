@@ -93,7 +93,7 @@ class Place:
     @property
     def groups(self) -> Groups:
         """The dimensions of their tensor."""
-        return self.layout.theirs if self.role == WEIGHT else self.layout.side("o")
+        return self.layout.theirs if self.role == WEIGHT else self.layout.side("bo")
 
     @property
     def stacked(self) -> tuple[str, ...]:
@@ -108,8 +108,9 @@ class Place:
 
     @property
     def tensors(self) -> dict[tuple[int, ...], str]:
-        """The name of their tensor for each index along `stacked`; experts are parameters of no module of their own."""
-        suffix = "" if self.layout.kind in (*BARE, "parameter") and self.role == WEIGHT else f".{self.role}"
+        """The name of their tensor for each index along `stacked`; experts and their biases are no module's."""
+        bare = self.layout.kind in (*BARE, "parameter")
+        suffix = ("" if self.role == WEIGHT else f"_{self.role}") if bare else f".{self.role}"
         return {index: module + suffix for index, module in self.modules.items()}
 
     @property
@@ -228,12 +229,22 @@ def parse(layout: str) -> Layout:
     return Layout(kind, ours, groups)
 
 
-def _place(path: str, shape: tuple[int, ...], names: Names) -> tuple[Place, int | None] | None:
-    """The place of a leaf, but for how large the parts before it are, and which part it is."""
+def module_of(path: str) -> tuple[str, str]:
+    """The module that patterns are matched with, and the role of a leaf.
+
+    >>> module_of("mlp/up/kernel"), module_of("experts/up_bias")
+    (('mlp/up', 'weight'), ('experts/up', 'bias'))
+    """
     path = path.removesuffix("/value")  # nnx.State has Variables as nodes of its tree
     module, _, last = path.rpartition("/")
-    role = ROLES.get(last, BIAS if last.endswith("_bias") else WEIGHT)
-    module = module if last in ROLES else path.removesuffix("_bias")
+    if last in ROLES:
+        return module, ROLES[last]
+    return path.removesuffix("_bias"), BIAS if last.endswith("_bias") else WEIGHT
+
+
+def _place(path: str, shape: tuple[int, ...], names: Names) -> tuple[Place, int | None] | None:
+    """The place of a leaf, but for how large the parts before it are, and which part it is."""
+    module, role = module_of(path)
     matches = [(match, *entry[1:]) for entry in names if (match := re.fullmatch(entry[0], module))]
     if not matches:
         return None
@@ -248,9 +259,10 @@ def _place(path: str, shape: tuple[int, ...], names: Names) -> tuple[Place, int 
     blanks = {name: choices.split(",") if choices else None for name, choices in re.findall(BLANK, template)}
     pending = {name: choices for name, choices in blanks.items() if name not in given}
     if layout.kind == "parameter":
+        role = WEIGHT
         own = tuple(f"axis_{i}" for i in range(len(shape) - len(pending)))
         layout = Layout(layout.kind, own, tuple((axis,) for axis in own))
-    inside = {axis for group in (layout.theirs if role == WEIGHT else layout.side("o")) for axis in group}
+    inside = {axis for group in (layout.theirs if role == WEIGHT else layout.side("bo")) for axis in group}
     own = [axis for axis in layout.ours if axis in inside or axis in pending]
     axes = (*(name for name in pending if name not in own), *own)
     sizes = dict(zip(axes, shape, strict=False))

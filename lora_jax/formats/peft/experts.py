@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from lora_jax.formats.names import BARE, Names, Place
+from lora_jax.formats.names import BARE, Names, Place, module_of
 
 BASE = ".base_layer"
 
@@ -33,7 +33,7 @@ def nested(adapted: Collection[str], places: Mapping[str, Place], names: Names) 
     for path, place in places.items():
         if place.layout.kind not in BARE:
             continue
-        entry = next(i for i, (pattern, *_) in enumerate(names) if re.fullmatch(pattern, path.rpartition("/")[0]))
+        entry = next(i for i, (pattern, *_) in enumerate(names) if re.fullmatch(pattern, module_of(path)[0]))
         for name in {*place.modules.values()} & {*adapted}:
             order.setdefault(name.rpartition(".")[0], []).append((entry, name))
     found = {}

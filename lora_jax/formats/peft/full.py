@@ -15,6 +15,7 @@ from lora_jax.formats.peft import describe
 from lora_jax.variants import Full
 
 BASE_BIAS = ".base_layer.bias"
+UNTIE = "load a model whose head is a leaf of its own, as with tie_word_embeddings=False"
 
 
 class Saved(NamedTuple):
@@ -131,6 +132,8 @@ def taken(tensors: dict[str, np.ndarray], places: Mapping[str, Place], leaves: M
         names = {index: _present(name, tensors) for index, name in place.tensors.items()}
         have = [name for name in names.values() if name is not None]
         if not have:
+            if place.tied and f"{place.tied}.{place.role}" in tensors:
+                raise ValueError(f"'{place.tied}' is trained, which is '{path}' too, and that is not: {UNTIE}")
             continue
         if len(have) < len(names):
             missing = next(place.tensors[index] for index, name in names.items() if name is None)
@@ -150,11 +153,12 @@ def taken(tensors: dict[str, np.ndarray], places: Mapping[str, Place], leaves: M
                 dim = place.groups.index(place.layout.side("o")[0])
                 x = x.take(range(*place.part[:2]), axis=dim)
             parts.append(restore(x, place.groups, axes, place.sizes))
-        if place.tied and f"{place.tied}.{place.role}" in tensors:
-            (name,) = have
-            if tensors[f"{place.tied}.{place.role}"].tobytes() != tensors[name].tobytes():
-                raise ValueError(f"'{place.tied}' and '{name}' differ, and are both '{path}': load an untied model")
-            used.add(f"{place.tied}.{place.role}")
+        if place.tied:
+            (name,), other = have, f"{place.tied}.{place.role}"
+            if other not in tensors or tensors[other].tobytes() != tensors[name].tobytes():
+                why = "differ" if other in tensors else "are not both in the file"
+                raise ValueError(f"'{other}' and '{name}' {why}, and both are '{path}': {UNTIE}")
+            used.add(other)
         used.update(have)
         stack = [place.sizes[axis] for axis in place.stacked]
         order = [*place.stacked, *axes]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,17 +17,18 @@ from lora_jax.formats.names import BARE, WEIGHT, Names, Place, locate
 from lora_jax.formats.peft import adalora, biases, full, vera
 from lora_jax.formats.peft.experts import unnested
 from lora_jax.formats.peft.factors import MAGNITUDE, axes, forms, merged
+from lora_jax.formats.peft.full import UNTIE
 from lora_jax.formats.peft.fused import parted, same_bits
 from lora_jax.formats.peft.modules import joined, shape_of
 from lora_jax.formats.peft.patterns import fitting
 from lora_jax.formats.peft.read import read
-from lora_jax.formats.peft.selection import resolved
+from lora_jax.formats.peft.selection import is_saved, resolved
 from lora_jax.formats.peft.variants import KINDS, variant_of
 from lora_jax.variants import AdaLoRA, DoRA, LoRA
 
 Tensors = dict[str, np.ndarray]
 BASE = ".base_layer.weight"
-UNTIE = "load a model whose head is a leaf of its own, as with tie_word_embeddings=False"
+_WRAPPED = re.compile(r"(.+)\.(original_module|modules_to_save)\.(.+)")
 
 
 def load(directory: str | os.PathLike[str], params: Any, names: Names) -> LoraParams:
@@ -61,7 +63,7 @@ def _adapters(config: dict[str, Any], tensors: Tensors, leaves: Mapping[str, Any
     old = f"{MAGNITUDE}.weight"  # as earlier versions had it
     tensors = {name.removesuffix(".weight") if name.endswith(old) else name: x for name, x in tensors.items()}
     tensors = unnested(tensors, targeted, places, names)
-    _drop_base(tensors, places, leaves)
+    _drop_copies(config, tensors, places, leaves)
     # A part's module is read by several leaves.
     adapters, variants, used = LoraParams(), dict[str, Any](), set[str]()
     for path, place in places.items():
@@ -192,22 +194,38 @@ def _check_tied(
             raise ValueError(f"'{module}' and '{place.tied}', which are one leaf, have adapters that differ: {UNTIE}")
 
 
-def _drop_base(tensors: Tensors, places: Mapping[str, Place], leaves: Mapping[str, Any]) -> None:
-    """Takes out the copies of the base's tables that PEFT saves beside their adapters, which must be the base's."""
+def _drop_copies(
+    config: Mapping[str, Any], tensors: Tensors, places: Mapping[str, Place], leaves: Mapping[str, Any]
+) -> None:
+    """Takes out what PEFT saves twice: of `modules_to_save`, and of the base's tables, which must be the base's.
+
+    A table that is in the file by its own name, and no adapter nor one of `modules_to_save`, may be another than the
+    base's, as where the vocabulary was resized: it stays.
+    """
+    for name in [*tensors]:
+        match = _WRAPPED.fullmatch(name)
+        owns = (f"{match[1]}.{rest}" for rest in (match[3], match[3].partition(".")[2])) if match else ()
+        own = next((own for own in owns if own in tensors), None)
+        if match and own:
+            if match[2] == "modules_to_save" and not same_bits(tensors[name], tensors[own]):
+                raise ValueError(f"'{name}' and '{own}' differ, and are one tensor: save the adapter again")
+            del tensors[name]
     owners = full.owned(places)
-    for name in [name for name in tensors if name.endswith(BASE)]:
-        weight = f"{name.removesuffix(BASE)}.weight"
-        if weight not in owners:
+    for name in [*tensors]:
+        plain = name in owners and name.endswith(".weight") and not is_saved(name.rpartition(".")[0], config)
+        weight = name if plain else f"{name.removesuffix(BASE)}.weight"
+        if weight not in owners or not (plain or name.endswith(BASE)):
             continue
         try:
             ours = full.tensor(weight, owners, places, {}, leaves)
         except ValueError as error:
             raise ValueError(f"'{name}' is the base's, to be compared with params: give them with values") from error
-        if not same_bits(ours.astype(tensors[name].dtype), tensors[name]):
+        if same_bits(ours.astype(tensors[name].dtype), tensors[name]):
+            del tensors[name]
+        elif not plain:
             raise ValueError(
                 f"'{name}' is another than the model's: load the weights that the adapter was trained with"
             )
-        del tensors[name]
 
 
 def _ordered(adapters: LoraParams, leaves: Mapping[str, Any]) -> list[str]:

@@ -101,10 +101,12 @@ def _contents(
         if path not in places or places[path].shape != site.shape:
             what = f"has shape {places[path].shape} in the base" if path in places else "has no place in the names"
             raise ValueError(f"'{path}' {site.shape} {what}: give those of its model{tree.close_to(path, places)}")
+        if places[path].part is not None and not leaves:
+            raise ValueError(f"'{path}' is a part of their module, and where it begins depends on others: give base=")
     modules = _modules(lora_params, places)
     ranks = None
     if to_serve:
-        if len(modules) < 1 or any(isinstance(adapter.variant, Full) for adapter in lora_params.values()):
+        if any(isinstance(adapter.variant, Full) for adapter in lora_params.values()):
             raise ValueError("servers read LoRA alone, and there is Full() among these: `merge` and serve the weights")
         modules = portable.portable(modules)
     kind = {TYPES[type(module.variant)][0] for module in modules.values()}

@@ -50,11 +50,12 @@ def resolved(config: Mapping[str, Any], tensors: Collection[str], kinds: Mapping
             "would leave those as they are: correct target_modules, or save the adapter again"
         )
     entries = [] if isinstance(targets, str) else targets or []
-    named = {end for module in found for end in ends(module)}
+    # A module of the model's that is named and not selected is one that another field leaves out.
+    named = {end for module in (*found, *kinds) for end in ends(module)}
     if unused := [entry for entry in entries if entry not in named]:
         raise ValueError(
-            f"its target_modules name {_some(unused)}, and nothing that has tensors is called so: take it out there, "
-            "or load a model that has it"
+            f"its target_modules name {_some(unused)}, and nothing in this model is called so: take it out there, or "
+            "load a model that has it"
         )
     _check_others(config, tensors, found, kinds)
     patterns = {"rank_pattern", "alpha_pattern"} & config.keys() if config["peft_type"] != "ADALORA" else set()
@@ -64,6 +65,16 @@ def resolved(config: Mapping[str, Any], tensors: Collection[str], kinds: Mapping
     return {**config, **resolved}
 
 
+def is_saved(module: str, config: Mapping[str, Any]) -> bool:
+    """Whether `modules_to_save` names a module, or one that it is in: PEFT looks at how their names end.
+
+    >>> is_saved("model.mlp.up", {"modules_to_save": ["mlp"]})
+    True
+    """
+    parts, entries = module.split("."), tuple(config.get("modules_to_save") or ())
+    return any(".".join(parts[:i]).endswith(entries) for i in range(1, len(parts) + 1))
+
+
 def _check_others(
     config: Mapping[str, Any], tensors: Collection[str], found: set[str], kinds: Mapping[str, str]
 ) -> None:
@@ -71,12 +82,11 @@ def _check_others(
     biased = {name.removesuffix(LORA_BIAS) for name in tensors if name.endswith(LORA_BIAS)}
     if biased != (found if config.get("lora_bias") else set()):
         raise ValueError(f"{len(biased)} of its {len(found)} modules have lora_B.bias, and lora_bias says otherwise")
-    entries = tuple(config.get("modules_to_save") or ())
     for module in kinds:
-        parts = module.split(".")
-        saved = bool(entries) and any(".".join(parts[:i]).endswith(entries) for i in range(1, len(parts) + 1))
+        saved = is_saved(module, config)
         if saved and module not in tensors and f"{module}.weight" not in tensors:
-            raise ValueError(f"its modules_to_save {shown(entries)} are for {module!r} too, and it has no such tensor")
+            entries = shown(config["modules_to_save"])
+            raise ValueError(f"its modules_to_save {entries} are for {module!r} too, and it has no such tensor")
         if f"{module}.bias" in tensors and not saved and config.get("bias", "none") == "none":
             raise ValueError(f"it has a bias of {module!r}, and neither bias nor modules_to_save says so: correct them")
 
