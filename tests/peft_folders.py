@@ -10,9 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peft_reference
+from peft_reference import recorded
 from safetensors.numpy import load_file
 
+from lora_jax import tree
+from lora_jax.formats.names import locate, restore
 from lora_jax.formats.peft import load
+from lora_jax.models import gpt2, llama
 
 FOLDER = Path(__file__).parent / "fixtures" / "peft_folders"
 NAMES = {
@@ -98,3 +102,26 @@ def files(folder):
     folder = Path(folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     return config, load_file(folder / "adapter_model.safetensors")
+
+
+@functools.cache
+def ours(name):
+    """The library's own model, with its layers scanned: (loss of parameters, parameters, name map)."""
+    file = recorded(name)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40, "max_position_embeddings": 16}
+    if name == "llama":
+        config = llama.Config(48, 24, **sizes, num_key_value_heads=2, mlp_bias=True)
+        made, names = llama.Llama(config), llama.NAMES
+    else:
+        made, names = gpt2.GPT2(gpt2.Config(48, 24, **sizes)), gpt2.NAMES
+    leaves, treedef = tree.flatten(jax.eval_shape(made.init, jax.random.key(0), file["tokens"]))
+    params = {path: filled(place, file["weights"]) for path, place in locate(leaves, names).items()}
+    params = tree.unflatten(treedef, {path: params[path] for path in leaves})
+    return lambda params: made.apply(params, file["tokens"], method="loss"), params, names
+
+
+def filled(place, weights):
+    """A leaf, from their weights."""
+    axes = [axis for axis in place.axes if axis not in place.stacked]
+    parts = [restore(weights[name], place.groups, axes, place.sizes) for name in place.tensors.values()]
+    return jnp.asarray(np.stack(parts) if place.stacked else parts[0])

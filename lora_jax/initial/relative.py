@@ -60,10 +60,8 @@ def _exported(path: str, before: Mapping[str, Any], after: Mapping[str, Any], ad
             found = f"a leaf of shape {leaves[path].shape}" if path in leaves else "no leaf"
             raise ValueError(f"{path!r}: {name} has {found} there, and the adapter is for {adapter.site.shape}")
     old, new, variant = before[path], after[path], adapter.variant
-    if isinstance(variant, LoRA):  # of the base as it was, they are no longer what it has less
-        variant = dataclasses.replace(variant, init="normal")
     if bool((jnp.asarray(old) == jnp.asarray(new)).all()):
-        return dataclasses.replace(adapter, variant=variant)
+        return adapter
     if not isinstance(variant, LoRA) or {*adapter.factors} != {"A", "B"}:
         raise ValueError(
             f"{path!r}: params and frozen differ, and of {type(variant).__name__} with factors "
@@ -93,5 +91,6 @@ def _exported(path: str, before: Mapping[str, Any], after: Mapping[str, Any], ad
     }
     rank = 2 * variant.rank
     alpha = variant.scale * (math.sqrt(rank) if variant.scaling == "rank_stabilized" else rank)
-    variant = dataclasses.replace(variant, rank=rank, alpha=alpha, dtype=jnp.dtype(wide).name)
+    # They are no longer what the base has less: for whoever asks, they began as any.
+    variant = dataclasses.replace(variant, rank=rank, alpha=alpha, init="normal", dtype=jnp.dtype(wide).name)
     return dataclasses.replace(adapter, factors=factors, variant=variant)

@@ -7,9 +7,9 @@ import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from lora_jax.axes import Axes
+from lora_jax.axes import Axes, Axis
 from lora_jax.formats.names import BARE, Groups, Place
 from lora_jax.sites import Site
 from lora_jax.variants import IA3, AdaLoRA, DoRA, LoHa, LoKr, LoRA, LoRAFA, VeRA
@@ -125,8 +125,16 @@ def merged(shape: Iterable[int], form: Form) -> tuple[int, ...]:
 
 
 @functools.cache
-def _axes(variant: Variant, site: Site) -> dict[str, Axes]:
-    return variant.axes(site)
+def _axes(variant: Any, site: Site) -> dict[str, Axes]:
+    """As `Variant.axes`; of any rank, where PEFT has them above what `split` gives a leaf."""
+    if isinstance(variant, LoKr) or getattr(variant, "rank", 0) <= site.max_rank:
+        return variant.axes(site)
+    found = dataclasses.replace(variant, rank=1).axes(site)
+    ranks = (RANK, OTHER)
+    return {
+        factor: tuple(Axis(axis.name, variant.rank) if axis.name in ranks else axis for axis in own)
+        for factor, own in found.items()
+    }
 
 
 def _form(suffix: str, dimensions: str, own: Iterable[str], place: Place) -> Form:

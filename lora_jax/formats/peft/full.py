@@ -114,7 +114,7 @@ def tensor(
     parts = [x for _, x in sorted(found.items(), key=lambda item: item[0])]
     x, place = parts[0]
     if place.part is None:
-        return np.ascontiguousarray(x)
+        return x
     if sum(stop - start for start, stop, _ in found) != place.part[2]:
         raise ValueError(f"'{name}' trains in part, and the rest of it is not known: give base=, the model's weights")
     return np.concatenate([x for x, _ in parts], axis=place.groups.index(place.layout.side("o")[0]))

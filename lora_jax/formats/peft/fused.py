@@ -83,7 +83,7 @@ def parted(
     used = np.any(factors["B"] != 0, axis=column) if column else factors["B"] != 0
     used = used if out < b else used.T
     blocks = {other.part: used[other.part[0] : other.part[1]].any(0) for other in others if other.part is not None}
-    if isinstance(variant, DoRA) or not (sum(x.astype(int) for x in blocks.values()) == 1).all():
+    if isinstance(variant, DoRA) or not (np.sum([*blocks.values()], axis=0) == 1).all():
         return variant, found
     own = np.flatnonzero(blocks[place.part])
     if not len(own):

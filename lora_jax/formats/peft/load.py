@@ -79,10 +79,8 @@ def _adapters(config: dict[str, Any], tensors: Tensors, leaves: Mapping[str, Any
     for name in used:
         del tensors[name]
     adapters |= full.taken(tensors, places, leaves)
-    if config["peft_type"] == "VERA" and adapters:
-        sites = [adapter.site for adapter in adapters.values() if adapter.variant.shared]
-        (variant,) = {adapter.variant for adapter in adapters.values() if adapter.variant.shared}
-        adapters |= vera.pool(variant, tensors, sites)  # pyright: ignore[reportArgumentType]
+    if users := [adapter for adapter in adapters.values() if adapter.variant.shared]:
+        adapters |= vera.pool(users, tensors)
     if tensors:
         found = ", ".join(sorted(tensors)[:5])
         raise ValueError(f"tensors that have no place in the model: {found}{tree.close_to(found, places)}")

@@ -37,7 +37,7 @@ class Module:
         found = {}
         for factor, x in self.factors.items():
             form = self.forms[factor]
-            found[f"{name}.{form.suffix}"] = np.ascontiguousarray(x.reshape(merged(x.shape, form)))
+            found[f"{name}.{form.suffix}"] = x.reshape(merged(x.shape, form))
         return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -28,17 +29,19 @@ def portable(modules: Mapping[str, Module]) -> dict[str, Module]:
                 f"'{name}' has {type(module.variant).__name__}, and servers read LoRA alone: `merge` it and serve the "
                 "weights, or make it a LoRA with `extract`, or leave portable out, for PEFT itself"
             )
-    rank = max(module.variant.rank for module in modules.values())
-    scale, _ = collections.Counter(module.variant.scale for module in modules.values()).most_common(1)[0]
+    variants: list[Any] = [module.variant for module in modules.values()]
+    rank = max(variant.rank for variant in variants)
+    scale, _ = collections.Counter(variant.scale for variant in variants).most_common(1)[0]
     variant = LoRA(rank, number(scale * rank))
     return {name: _as(module, variant) for name, module in modules.items()}
 
 
 def _as(module: Module, variant: LoRA) -> Module:
+    own: Any = module.variant
     factors = {}
     for factor, x in module.factors.items():
         at = module.forms[factor].words.index("rank")
         missing = [(0, (variant.rank - n) * (dim == at)) for dim, n in enumerate(x.shape)]
         factors[factor] = np.pad(x, missing)
-    factors["B"] = scaled(factors["B"], module.variant.scale / variant.scale)
+    factors["B"] = scaled(factors["B"], own.scale / variant.scale)
     return dataclasses.replace(module, variant=variant, factors=factors)

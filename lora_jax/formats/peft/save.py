@@ -43,8 +43,8 @@ def save(
 
     Factors are written in their dtypes, and the same adapters give the same bytes. `Full` is written as PEFT's
     `modules_to_save`, or as a bias; `LoRAFA` as the LoRA that it is, and `LoRAXS` as that of A·R and B. A table that is
-    also the head gets an adapter in both of its modules. Of `dropout` PEFT has one for all modules, the largest, and none
-    for LoHa, LoKr and IA³.
+    also the head gets an adapter in both of its modules. Of `dropout` PEFT has one for all modules, the largest, and
+    none for LoHa, LoKr and IA³.
 
     Args:
       directory: The folder. An adapter that is there is replaced, other files in it stay; its own folder must exist.
@@ -67,7 +67,7 @@ def save(
 
     Source: https://huggingface.co/docs/peft/developer_guides/checkpoint.
 
-    >>> import jax.numpy as jnp, tempfile, lora_jax as lora
+    >>> import jax, jax.numpy as jnp, tempfile, lora_jax as lora
     >>> params = {"head": {"kernel": jnp.ones((8, 4))}}
     >>> _, lora_params = lora.split(jax.random.key(0), params, {".*": lora.LoRA(rank=2)})
     >>> with tempfile.TemporaryDirectory() as directory:
@@ -130,7 +130,8 @@ def _contents(
     tensors = {PREFIX + name: x for name, x in tensors.items()}
     if kind == {"VERA"}:
         tensors |= vera.projections(lora_params, modules)
-    return config, tensors
+    # In C order, since safetensors writes an array's memory as it lies.
+    return config, {name: np.asarray(x, order="C") for name, x in tensors.items()}
 
 
 def _modules(lora_params: Mapping[str, Adapter], places: Mapping[str, Place]) -> dict[str, Module]:

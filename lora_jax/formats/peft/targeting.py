@@ -17,7 +17,7 @@ def targets(adapted: Iterable[str], known: Collection[str]) -> list[str] | str:
     >>> targets(["h.0.attn.q", "h.1.attn.q"], ["h.0.attn.q", "h.1.attn.q", "h.0.attn.k", "h.1.attn.k"])
     ['q']
     >>> targets(["h.1.attn.q"], ["h.0.attn.q", "h.1.attn.q"])
-    ['h.1.attn.q']
+    ['1.attn.q']
     """
     adapted, found = {*adapted}, set()
     ends: dict[str, set[str]] = collections.defaultdict(set)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,6 @@ import numpy as np
 from lora_jax.factors import Adapter, LoraParams, shared
 from lora_jax.formats.peft.modules import Module
 from lora_jax.sites import Site
-from lora_jax.variants import VeRA
 
 NAMES = {"A": "base_model.vera_A", "B": "base_model.vera_B"}
 
@@ -34,7 +34,7 @@ def projections(lora_params: Mapping[str, Adapter], modules: Mapping[str, Module
     (variant,) = {module.variant.shared_path for module in modules.values()}
     a, b = (np.asarray(lora_params[variant].factors[name]) for name in "AB")
     found = {"A": a[: sizes[0]].T, "B": b[:, : sizes[1]].T}
-    return {NAMES[name]: np.ascontiguousarray(x) for name, x in found.items()}
+    return {NAMES[name]: x for name, x in found.items()}
 
 
 def largest(sites: Iterable[Site]) -> tuple[int, int]:
@@ -43,19 +43,26 @@ def largest(sites: Iterable[Site]) -> tuple[int, int]:
     return max(inner for inner, _ in sides), max(outer for _, outer in sides)
 
 
-def pool(variant: VeRA, tensors: dict[str, np.ndarray], sites: Iterable[Site]) -> LoraParams:
+def pool(users: Sequence[Adapter], tensors: dict[str, np.ndarray]) -> LoraParams:
     """What leaves share, from the two tensors, which are taken out of the dict.
 
+    Args:
+      users: The leaves' adapters.
+      tensors: By name.
+
     Raises:
-      ValueError: They are not there, or not as large as the leaves need.
+      ValueError: They are not there, or not as large as the leaves need; or not all leaves are of one dtype.
     """
+    variant: Any = users[0].variant
+    if other := next((user.variant for user in users if user.variant != variant), None):
+        raise ValueError(f"some modules have {variant}, others {other}: convert their tensors to one dtype")
     if missing := [name for name in NAMES.values() if name not in tensors]:
         raise ValueError(
             f"'{missing[0]}' is not in the file, and VeRA's projections are PyTorch's random numbers: save it again "
             "with save_projection=True"
         )
     factors = {name: tensors.pop(key).T for name, key in NAMES.items()}
-    inner, outer = largest(sites)
+    inner, outer = largest(user.site for user in users)
     if factors["A"].shape != (inner, variant.rank) or factors["B"].shape != (variant.rank, outer):
         raise ValueError(
             f"VeRA's projections have shapes {factors['A'].T.shape} and {factors['B'].T.shape}, and the adapted "
