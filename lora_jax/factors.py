@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import reprlib
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
@@ -49,9 +50,8 @@ def together(lora_params: Mapping[str, Adapter]) -> LoraParams:
     """
     for path, adapter in lora_params.items():
         if not is_adapter(adapter):
-            raise ValueError(
-                f"lora_params has {adapter!r} at {path!r}, which is no Adapter: give what `split` returned"
-            )
+            found = reprlib.repr(adapter)
+            raise ValueError(f"lora_params has {found} at {path!r}, which is no Adapter: give what `split` returned")
     joined = LoraParams()
     for path, adapter in lora_params.items():
         if adapter.site.kind == SHARED:

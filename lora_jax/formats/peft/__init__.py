@@ -1,7 +1,7 @@
 """PEFT's adapters, a folder of adapter_config.json and adapter_model.safetensors, for any model that has a name map.
 
 `save` and `load` are the two directions; both go through `factors` (which tensor of PEFT's is which factor of ours) and
-`describe` and `variants` (which fields of PEFT's say what a variant of ours says).
+`describe` (which fields of PEFT's say what a variant of ours says).
 
 Source: https://huggingface.co/docs/peft/developer_guides/checkpoint.
 """

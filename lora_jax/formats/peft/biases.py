@@ -9,11 +9,10 @@ import numpy as np
 
 from lora_jax.factors import Adapter, LoraParams
 from lora_jax.formats.names import Place
+from lora_jax.formats.peft.factors import LORA_BIAS
 from lora_jax.formats.peft.full import BASE_BIAS, owned, tensor
 from lora_jax.formats.peft.modules import Module
 from lora_jax.variants import IA3, DoRA, Full
-
-LORA_BIAS = ".lora_B.bias"
 
 
 def scaled_by_ia3(

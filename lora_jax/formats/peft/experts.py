@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_jax.formats.names import BARE, Names, Place, module_of
 
-BASE = ".base_layer"
+BASE = ".base_layer"  # what a second adapter of one module wraps
 
 
 def nested(adapted: Collection[str], places: Mapping[str, Place], names: Names) -> dict[str, str]:

@@ -25,6 +25,7 @@ EMBEDDING: Table = {"A": ("lora_embedding_A", "rank in"), "B": ("lora_embedding_
 # The linear layer that an embedding is tied to has the same factors, turned: its inputs are the embedding's outputs.
 TIED: Table = {"A": ("lora_B.weight", "in rank"), "B": ("lora_A.weight", "rank out")}
 MAGNITUDE = "lora_magnitude_vector"
+LORA_BIAS = ".lora_B.bias"
 TABLES: Mapping[type[Variant], Table] = {
     LoRA: FACTORS,
     LoRAFA: FACTORS,

@@ -15,15 +15,15 @@ from lora_jax import tree
 from lora_jax.factors import Adapter, LoraParams
 from lora_jax.formats.names import BARE, WEIGHT, Names, Place, locate
 from lora_jax.formats.peft import adalora, biases, full, vera
+from lora_jax.formats.peft.describe import KINDS, variant_of
 from lora_jax.formats.peft.experts import unnested
 from lora_jax.formats.peft.factors import MAGNITUDE, axes, forms, merged
+from lora_jax.formats.peft.folder import read
 from lora_jax.formats.peft.full import UNTIE
 from lora_jax.formats.peft.fused import parted, same_bits
 from lora_jax.formats.peft.modules import joined, shape_of
 from lora_jax.formats.peft.patterns import fitting
-from lora_jax.formats.peft.read import read
 from lora_jax.formats.peft.selection import is_saved, resolved
-from lora_jax.formats.peft.variants import KINDS, variant_of
 from lora_jax.variants import AdaLoRA, DoRA, LoRA
 
 Tensors = dict[str, np.ndarray]

@@ -16,13 +16,13 @@ from lora_jax import tree
 from lora_jax.factors import Adapter, together
 from lora_jax.formats import description
 from lora_jax.formats.names import BARE, Names, Place, locate
-from lora_jax.formats.peft import adalora, biases, folder, full, portable, vera
+from lora_jax.formats.peft import adalora, biases, full, portable, vera
 from lora_jax.formats.peft.describe import BIAS, describe
 from lora_jax.formats.peft.experts import nested
 from lora_jax.formats.peft.factors import TYPES
+from lora_jax.formats.peft.folder import PREFIX, sealed, write
 from lora_jax.formats.peft.fused import fuse
 from lora_jax.formats.peft.modules import Module, cut
-from lora_jax.formats.peft.read import PREFIX, sealed
 from lora_jax.formats.peft.targeting import saved
 from lora_jax.initial.names import FROM_DATA, named
 from lora_jax.variants import Full, LoRA, LoRAXS
@@ -83,7 +83,7 @@ def save(
         raise ValueError(f"{directory}: {error}") from error
     config |= {"base_model_name_or_path": base_model_name_or_path, "task_type": task_type}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    folder.write(directory, text.encode(), sealed(serialize(tensors, {"format": "pt"}), config))
+    write(directory, text.encode(), sealed(serialize(tensors, {"format": "pt"}), config))
     return directory
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from lora_jax import tree
 from lora_jax.formats.description import shown
+from lora_jax.formats.peft.experts import BASE
+from lora_jax.formats.peft.factors import LORA_BIAS
+from lora_jax.formats.peft.folder import SHARED
 from lora_jax.formats.peft.patterns import ends, feedforward, fitting, lookup, selected
-from lora_jax.formats.peft.read import SHARED
 
 ALL_LINEAR = "all-linear"
-LORA_BIAS = ".lora_B.bias"
-BASE = ".base_layer"  # what a second adapter of one module wraps
 _TENSOR = re.compile(r"(.+)\.(?:lora|vera_lambda|hada|lokr|ia3)_\w+(?:\.\w+)*")
 
 

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.factors import Adapter, LoraParams, shared
+from lora_jax.formats.peft.folder import SHARED
 from lora_jax.formats.peft.modules import Module
 from lora_jax.sites import Site
 
-NAMES = {"A": "base_model.vera_A", "B": "base_model.vera_B"}
+NAMES = dict(zip("AB", SHARED, strict=True))
 
 
 def projections(lora_params: Mapping[str, Adapter], modules: Mapping[str, Module]) -> dict[str, np.ndarray]:
