@@ -14,7 +14,8 @@ from peft_reference import recorded
 from safetensors.numpy import load_file
 
 from lora_jax import tree
-from lora_jax.formats.names import locate, restore
+from lora_jax.formats.layouts import restore
+from lora_jax.formats.names import locate
 from lora_jax.formats.peft import load
 from lora_jax.models import gpt2, llama
 

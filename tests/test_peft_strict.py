@@ -8,12 +8,15 @@ import re
 import time
 
 import chex
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 from checks import normal
 
+import lora_jax as lora
 from lora_jax.formats import peft
+from lora_jax.formats.names import locate
 from lora_jax.formats.peft import patterns, regex
 
 PARAMS = {"embed": {"embedding": normal(10, 4)}, "head": {"kernel": normal(4, 10)}}
@@ -56,6 +59,56 @@ def test_what_peft_writes_loads(tmp_path):
     np.testing.assert_array_equal(loaded["layers_0/q/kernel"].factors["A"], TENSORS[A0].T)
     for config in ({"inference_mode": True, "unsloth_fixed": True}, {"peft_version": "0.3.0", "enable_lora": None}):
         chex.assert_trees_all_equal(load(tmp_path, **config, unheard_of=False), loaded)
+
+
+def test_what_peft_writes_twice(tmp_path):
+    head, table = np.asarray(PARAMS["head"]["kernel"]).T + 1, np.asarray(PARAMS["embed"]["embedding"])
+    saved = {**TENSORS, f"{PREFIX}lm_head.weight": head}
+    loaded = load(tmp_path, tensors=saved, modules_to_save=["lm_head"])
+    copies = {"lm_head.modules_to_save.weight": head, "lm_head.original_module.weight": head - 1}
+    copies = {f"{PREFIX}{name}": x for name, x in {**copies, "model.embed_tokens.weight": table}.items()}
+    chex.assert_trees_all_equal(load(tmp_path, tensors={**saved, **copies}, modules_to_save=["lm_head"]), loaded)
+    with pytest.raises(ValueError, match="differ"):
+        load(tmp_path, tensors={**saved, **copies, f"{PREFIX}lm_head.weight": head + 1}, modules_to_save=["lm_head"])
+    resized = load(tmp_path, tensors={**TENSORS, f"{PREFIX}model.embed_tokens.weight": table + 1})
+    np.testing.assert_array_equal(resized["embed/embedding"].factors["weight"], table + 1)
+
+
+def test_targets_that_are_excluded(tmp_path):
+    """As PEFT writes all-linear: each module's name, and exclude_modules or modules_to_save beside."""
+    load(tmp_path, target_modules=["q_proj", "model.layers.0.k_proj"], exclude_modules=["k_proj"])
+
+
+def test_a_tied_table_is_saved_with_its_head(tmp_path):
+    names = (("embed", "model.embed_tokens=lm_head", "embedding"), *NAMES[2:])
+    params = {key: value for key, value in PARAMS.items() if key != "head"}
+    table = np.asarray(PARAMS["embed"]["embedding"]) + 1
+    both = {f"{PREFIX}{name}.weight": table for name in ("lm_head", "model.embed_tokens")}
+    for name in both:
+        write(tmp_path, tensors={**TENSORS, name: table}, modules_to_save=[name.split(".")[-2]])
+        with pytest.raises(ValueError, match="tie_word_embeddings=False"):
+            peft.load(tmp_path, params, names)
+    write(tmp_path, tensors={**TENSORS, **both}, modules_to_save=["lm_head", "embed_tokens"])
+    np.testing.assert_array_equal(peft.load(tmp_path, params, names)["embed/embedding"].factors["weight"], table)
+
+
+def test_experts_that_are_leaves_by_their_own_names(tmp_path):
+    params = {"up": normal(3, 4, 6), "up_bias": normal(3, 6), "down": normal(3, 6, 4)}
+    names = (("(up|down)", r"mlp.experts.\1_proj", "experts"),)
+    assert locate(params, names)["up_bias"].tensors == {(): "mlp.experts.up_proj_bias"}
+    rules = {"up|down": lora.LoRA(2).at(batch_axes=0, in_axes=1, out_axes=2)}
+    _, lora_params = lora.split(jax.random.key(0), params, rules)
+    folder = peft.save(tmp_path / "new", lora_params, names)
+    chex.assert_trees_all_equal(peft.load(folder, params, names), lora_params)
+
+
+def test_a_part_of_a_module_is_saved_with_its_base(tmp_path):
+    params = {name: {"kernel": normal(4, 4)} for name in "qkv"}
+    names = tuple((name, f"qkv_proj[{i}]", "linear") for i, name in enumerate("qkv"))
+    _, lora_params = lora.split(jax.random.key(0), params, {"k/kernel": lora.LoRA(2)})
+    with pytest.raises(ValueError, match="'k/kernel' is a part.*base="):
+        peft.save(tmp_path / "new", lora_params, names)
+    assert peft.load(peft.save(tmp_path / "new", lora_params, names, base=params), params, names)["k/kernel"]
 
 
 # What PEFT loads silently or with a warning, the adapter being off or another.

@@ -14,7 +14,8 @@ from jax import lax
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lora_jax import tree
-from lora_jax.formats.names import Names, locate, restore
+from lora_jax.formats.layouts import restore
+from lora_jax.formats.names import Names, locate
 from lora_jax.models import gpt2, llama
 
 

@@ -23,7 +23,8 @@ from lora_jax.formats.huggingface.directory import CONFIG, INDEX, WEIGHTS, other
 from lora_jax.formats.huggingface.filling import located, part_dimension, stacked, twins
 from lora_jax.formats.huggingface.tensors import Lazy, cast
 from lora_jax.formats.huggingface.tensors import write as write_file
-from lora_jax.formats.names import Names, Place, arrange
+from lora_jax.formats.layouts import arrange
+from lora_jax.formats.names import Names, Place
 
 
 def export(params: Any, names: Names) -> dict[str, Lazy]:

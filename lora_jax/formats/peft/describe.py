@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from lora_jax.formats.names import BARE
+from lora_jax.formats.layouts import BARE
 from lora_jax.formats.peft.factors import TYPES
 from lora_jax.formats.peft.modules import Module
 from lora_jax.formats.peft.targeting import feedforward, patterns, targets

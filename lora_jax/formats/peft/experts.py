@@ -6,7 +6,8 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from lora_jax.formats.names import BARE, Names, Place, module_of
+from lora_jax.formats.layouts import BARE
+from lora_jax.formats.names import Names, Place, module_of
 
 BASE = ".base_layer"  # what a second adapter of one module wraps
 

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from lora_jax.axes import Axes, Axis
-from lora_jax.formats.names import BARE, Groups, Place
+from lora_jax.formats.layouts import BARE, Groups
+from lora_jax.formats.names import Place
 from lora_jax.sites import Site
 from lora_jax.variants import IA3, AdaLoRA, DoRA, LoHa, LoKr, LoRA, LoRAFA, VeRA
 from lora_jax.variants.base import RANK, Variant

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.factors import Adapter, LoraParams
-from lora_jax.formats.names import BIAS, Place, arrange, restore
+from lora_jax.formats.layouts import arrange, restore
+from lora_jax.formats.names import BIAS, Place
 from lora_jax.formats.peft import describe
 from lora_jax.variants import Full
 

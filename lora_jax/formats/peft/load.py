@@ -13,7 +13,8 @@ import numpy as np
 
 from lora_jax import tree
 from lora_jax.factors import Adapter, LoraParams
-from lora_jax.formats.names import BARE, WEIGHT, Names, Place, locate
+from lora_jax.formats.layouts import BARE
+from lora_jax.formats.names import WEIGHT, Names, Place, locate
 from lora_jax.formats.peft import adalora, biases, full, vera
 from lora_jax.formats.peft.describe import KINDS, variant_of
 from lora_jax.formats.peft.experts import unnested

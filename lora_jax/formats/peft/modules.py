@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from lora_jax.factors import Adapter
-from lora_jax.formats.names import Place, arrange, restore
+from lora_jax.formats.layouts import arrange, restore
+from lora_jax.formats.names import Place
 from lora_jax.formats.peft.factors import Form, axes, forms, merged
 from lora_jax.sites import Site
 from lora_jax.variants import LoKr, VeRA

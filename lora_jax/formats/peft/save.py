@@ -15,7 +15,8 @@ from safetensors.numpy import save as serialize
 from lora_jax import tree
 from lora_jax.factors import Adapter, together
 from lora_jax.formats import description
-from lora_jax.formats.names import BARE, Names, Place, locate
+from lora_jax.formats.layouts import BARE
+from lora_jax.formats.names import Names, Place, locate
 from lora_jax.formats.peft import adalora, biases, full, portable, vera
 from lora_jax.formats.peft.describe import BIAS, describe
 from lora_jax.formats.peft.experts import nested

@@ -26,7 +26,7 @@ def resolved(config: Mapping[str, Any], tensors: Collection[str], kinds: Mapping
       config: As `read` returned it.
       tensors: The names of the tensors, as `read` returned them.
       kinds: Each module of the model's that has a weight, and each parameter that is in no module, as the kind of its
-        layout (see `lora_jax.formats.names`).
+        layout (see `lora_jax.formats.layouts`).
 
     Raises:
       ValueError: A module is selected, and has no tensors, or the reverse; a target is nowhere; or a pattern is none.
