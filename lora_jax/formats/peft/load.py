@@ -45,7 +45,15 @@ def load(directory: str | os.PathLike[str], params: Any, names: Names) -> LoraPa
       `lora_params`, by path.
 
     Raises:
-      ValueError: A tensor has no place in the model, or a module lacks one.
+      FileNotFoundError: The folder or one of its files is not there.
+      ValueError: A tensor has no place in the model, or a module lacks one; or the config says what is not known here.
+
+    >>> import tempfile, lora_jax as lora
+    >>> params, names = {"head": {"kernel": jnp.ones((8, 4))}}, [("head", "lm_head", "linear")]
+    >>> _, lora_params = lora.split(jax.random.key(0), params, {".*": lora.LoRA(rank=2)})
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     load(lora.formats.peft.save(f"{directory}/new", lora_params, names), params, names).keys()
+    dict_keys(['head/kernel'])
     """
     config, tensors = read(directory)
     try:
