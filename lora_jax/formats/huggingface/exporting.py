@@ -126,7 +126,7 @@ def write(
         tensors = _as_in(source, tensors, check=config is None)
     copied = others(folder) if folder else []
     kept = _kept(source, tensors) if isinstance(source, Checkpoint) and max_shard_size is None else None
-    shards = kept or _shards(tensors, dtype, max_shard_size or LARGEST_SHARD)
+    shards = kept or _shards(tensors, dtype, LARGEST_SHARD if max_shard_size is None else max_shard_size)
     described = read_json(folder / CONFIG) if config is None and folder else dict(config or {})
     dtypes = {cast(x.dtype, dtype) for x in tensors.values() if jax.numpy.issubdtype(x.dtype, np.inexact)}
     field = "dtype" if "dtype" in described else "torch_dtype"
