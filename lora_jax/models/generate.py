@@ -25,7 +25,7 @@ def generate(
     temperature: float | jax.Array = 1.0,
     top_k: int | None = None,
     top_p: float | jax.Array | None = None,
-    eos: int | Sequence[int] = (),
+    eos: int | Sequence[int] | None = None,
     pad: int = 0,
 ) -> jax.Array:
     """The tokens that follow each prompt of a batch; the likeliest at each place, or drawn with a key.
@@ -44,7 +44,7 @@ def generate(
       temperature: What logits are divided by before one is drawn, above 0.
       top_k: One of so many likeliest tokens is drawn.
       top_p: One of the likeliest is drawn, as few as are so probable together, above 0 and up to 1.
-      eos: Tokens that end a row.
+      eos: Tokens that end a row; None for none.
       pad: What stands after the end.
 
     Returns:
@@ -73,10 +73,9 @@ def generate(
     for name, value, most in (("temperature", temperature, None), ("top_k", top_k, None), ("top_p", top_p, 1)):
         if isinstance(value, (int, float)) and not (value > 0 and (most is None or value <= most)):
             raise ValueError(f"generate: {name} is {value}: make it above 0" + ("" if most is None else ", 1 at most"))
-    ends = tuple(int(end) for end in np.ravel(eos))
-    return _generate(
-        model, int(max_new_tokens), top_k, ends, pad, params, input_ids, attention_mask, key, temperature, top_p
-    )
+    ends = () if eos is None else tuple(int(end) for end in np.ravel(eos))
+    ids, mask = jnp.asarray(input_ids), None if attention_mask is None else jnp.asarray(attention_mask)
+    return _generate(model, int(max_new_tokens), top_k, ends, pad, params, ids, mask, key, temperature, top_p)
 
 
 @functools.partial(jax.jit, static_argnums=range(5))
