@@ -185,6 +185,17 @@ def test_shards_cast_and_what_is_beside_them(tmp_path):
     others = {file.name for file in saved.iterdir()} - {*shards, "config.json", "model.safetensors.index.json"}
     assert others == beside
     assert json.loads((saved / "config.json").read_text())["dtype"] == "float32"
+    # Of a checkpoint's tensors each goes to the file where it was, whatever the rule by which they were dealt out.
+    index["weight_map"] = dict.fromkeys(found, last := f"model-{len(shards):05}-of-{len(shards):05}.safetensors")
+    for name in shards:
+        (saved / name).unlink()
+    save_file(found, saved / last, {"format": "pt"})
+    index["metadata"] |= {"total_parameters": 7}
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    checkpoint = huggingface.open_checkpoint(saved)
+    again = huggingface.write(tmp_path / "again", checkpoint.tensors, source=checkpoint)
+    for file in (last, "model.safetensors.index.json"):
+        assert (again / file).read_bytes() == (saved / file).read_bytes()
 
 
 def test_tied_tensor_that_is_written_all_the_same(tmp_path):

@@ -213,6 +213,7 @@ def test_what_may_be_drawn(options, expected):
         ({"max_new_tokens": 2, "temperature": 0}, "temperature is 0: make it above 0"),
         ({"max_new_tokens": 2, "top_p": 1.5}, "top_p is 1.5: make it above 0, 1 at most"),
         ({"max_new_tokens": 2, "top_k": -1}, "top_k is -1"),
+        ({"max_new_tokens": 2, "attention_mask": np.ones((2, 5))}, r"attention_mask is \(2, 5\): make it \(2, 8\)"),
     ],
 )
 def test_what_generate_refuses(options, message):

@@ -50,7 +50,7 @@ def load(
     """
     config = read_json(Path(directory) / CONFIG)
     kind = config.get("model_type")
-    if kind not in MODULES:
+    if not isinstance(kind, str) or kind not in MODULES:
         raise ValueError(f"'{directory}': model_type is {kind!r}; known are {', '.join(MODULES)}: load one of them")
     module = importlib.import_module(f"lora_jax.models.{MODULES[kind]}")
     return module.load(directory, dtype=dtype, sha256=sha256, ignore=ignore, shardings=shardings, **options)

@@ -17,7 +17,6 @@ _GEMMAS = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softc
 # Fields of config.json that must have this value, which is also what a file means that leaves them out, in families
 # that do not say otherwise. Among them are fields that other families have, lest a file seem to be obeyed that is not.
 FIXED = {
-    "attention_dropout": 0.0,
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
     "use_bidirectional_attention": False,
@@ -141,7 +140,7 @@ class Config:
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is {self.hidden_act!r}: use a model with one of {', '.join(ACTIVATIONS)}")
         types = self.layer_types or ()
-        if len(types) != self.num_hidden_layers or not {*types} <= {FULL, SLIDING}:
+        if len(types) != self.num_hidden_layers or not all(kind in (FULL, SLIDING) for kind in types):
             raise ValueError(f"layer_types is {types}: make it {FULL!r} or {SLIDING!r}, once for each layer")
         if SLIDING in types and self.sliding_window is None:
             raise ValueError(f"layer_types has {SLIDING!r}, and sliding_window is None: give the number of tokens")
@@ -158,7 +157,7 @@ class Config:
         ValueError: config.json: model_type is 'gpt2', not llama, mistral, qwen2, qwen3, gemma2, gemma3_text
         """
         family = config.get("model_type", "llama")
-        if family not in FAMILIES:
+        if not isinstance(family, str) or family not in FAMILIES:
             known = ", ".join(FAMILIES)
             raise ValueError(f"config.json: model_type is {family!r}, not {known}")
         defaults, own = FAMILIES[family]
@@ -192,9 +191,12 @@ def _layers(config: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
     if "use_sliding_window" in known and not config["use_sliding_window"]:
         window = None
     types, number = config.get("layer_types"), config.get("num_hidden_layers")
+    if types is not None and not isinstance(types, list | tuple):
+        raise ValueError(f"config.json: layer_types is {types!r}: make it a list")
     rule = next((name for name in ("max_window_layers", "sliding_window_pattern") if name in known), None)
     if rule is None:
-        if types is not None and {*types} != {SLIDING if window else FULL}:  # transformers heeds it in part
+        only = SLIDING if window else FULL  # transformers heeds others in part
+        if types is not None and any(kind != only for kind in types):
             raise ValueError(f"config.json: layer_types is {types}, and sliding_window {window}: leave layer_types out")
     elif types is None and window is not None and isinstance(number, int):
         if not isinstance(limit := config[rule], int) or limit < 0:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lora_jax.models.decoder import Decoder
@@ -24,7 +25,7 @@ def generate(
     temperature: float | jax.Array = 1.0,
     top_k: int | None = None,
     top_p: float | jax.Array | None = None,
-    eos: int | Sequence[int] = (),
+    eos: int | Sequence[int] | None = None,
     pad: int = 0,
 ) -> jax.Array:
     """The tokens that follow each prompt of a batch; the likeliest at each place, or drawn with a key.
@@ -43,7 +44,7 @@ def generate(
       temperature: What logits are divided by before one is drawn, above 0.
       top_k: One of so many likeliest tokens is drawn.
       top_p: One of the likeliest is drawn, as few as are so probable together, above 0 and up to 1.
-      eos: Tokens that end a row.
+      eos: Tokens that end a row; None for none.
       pad: What stands after the end.
 
     Returns:
@@ -61,18 +62,20 @@ def generate(
     (2, 4)
     """
     longest = model.config.max_position_embeddings
-    if input_ids.ndim != 2 or max_new_tokens < 1 or input_ids.shape[1] + max_new_tokens - 1 > longest:
+    shape = jnp.shape(input_ids)
+    if len(shape) != 2 or not shape[1] or max_new_tokens < 1 or shape[1] + max_new_tokens - 1 > longest:
         raise ValueError(
-            f"generate: input_ids is {input_ids.shape} and max_new_tokens {max_new_tokens}: make them [batch, length] "
-            f"and 1 or more, {longest + 1} together at most"
+            f"generate: input_ids is {shape} and max_new_tokens {max_new_tokens}: make them [batch, length] and 1 or "
+            f"more, {longest + 1} together at most"
         )
+    if attention_mask is not None and jnp.shape(attention_mask) != shape:
+        raise ValueError(f"generate: attention_mask is {jnp.shape(attention_mask)}: make it {shape}, as input_ids is")
     for name, value, most in (("temperature", temperature, None), ("top_k", top_k, None), ("top_p", top_p, 1)):
         if isinstance(value, (int, float)) and not (value > 0 and (most is None or value <= most)):
             raise ValueError(f"generate: {name} is {value}: make it above 0" + ("" if most is None else ", 1 at most"))
-    ends = (eos,) if isinstance(eos, int) else tuple(eos)
-    return _generate(
-        model, max_new_tokens, top_k, ends, pad, params, input_ids, attention_mask, key, temperature, top_p
-    )
+    ends = () if eos is None else tuple(int(end) for end in np.ravel(eos))
+    ids, mask = jnp.asarray(input_ids), None if attention_mask is None else jnp.asarray(attention_mask)
+    return _generate(model, int(max_new_tokens), top_k, ends, pad, params, ids, mask, key, temperature, top_p)
 
 
 @functools.partial(jax.jit, static_argnums=range(5))

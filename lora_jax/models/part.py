@@ -19,10 +19,14 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_python": _exact,
     "gelu_new": _tanh,
     "gelu_fast": _tanh,
+    "gelu_accurate": _tanh,
     "gelu_pytorch_tanh": _tanh,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
+    "sigmoid": jax.nn.sigmoid,
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
 }
 
 

@@ -38,13 +38,13 @@ class RopeScaling:
     @classmethod
     def from_huggingface(cls, scaling: Mapping[str, Any] | None) -> RopeScaling | None:
         """Read the entry `rope_scaling`; None where positions are not stretched."""
-        kinds = {name: scaling[name] for name in ("rope_type", "type") if name in scaling} if scaling else {}
-        kind = str(next(iter(kinds.values()), None))
+        kinds = [str(scaling[name]) for name in ("rope_type", "type") if name in scaling] if scaling else []
+        kind = next(iter(kinds), "none")
         if scaling is None or kind == "default" or set(scaling) == {"rope_theta"}:
             return None
         names = [field.name for field in dataclasses.fields(cls)]
         needed = {"linear": names[:1], "llama3": names}.get(kind, [])
-        if len({*kinds.values()}) != 1 or not needed or any(name not in scaling for name in needed):
+        if len({*kinds}) != 1 or not needed or any(name not in scaling for name in needed):
             raise ValueError(
                 f"config.json: rope_scaling is {dict(scaling)}, this decoder has 'llama3' with {', '.join(names)}, "
                 "'linear' with factor, or none: load a model with that"

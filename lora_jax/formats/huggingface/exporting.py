@@ -26,6 +26,8 @@ from lora_jax.formats.huggingface.tensors import write as write_file
 from lora_jax.formats.layouts import arrange
 from lora_jax.formats.names import Names, Place
 
+LARGEST_SHARD = 5_000_000_000  # bytes, as transformers has it
+
 
 def export(params: Any, names: Names) -> dict[str, Lazy]:
     """The inverse of `fill`: tensors by Hugging Face's names, as they have them, each made when it is asked for.
@@ -94,7 +96,7 @@ def write(
     source: str | Path | Checkpoint | None = None,
     config: Mapping[str, Any] | None = None,
     dtype: DTypeLike | None = None,
-    max_shard_size: int = 5_000_000_000,
+    max_shard_size: int | None = None,
 ) -> Path:
     """Write a model's directory, whole or not at all, the same bytes each time, with one tensor at a time in memory.
 
@@ -103,10 +105,12 @@ def write(
       tensors: By Hugging Face's names, anything that has a shape, a dtype, and that `np.asarray` takes: arrays, what
         `export` returns, tensors of a `Checkpoint`, or a `Lazy` that is computed of one.
       source: The directory of the model that these weights were made of, whose config.json, generation_config.json and
-        tokenizer are copied. As the opened `Checkpoint`, also what it has left out, and its own spelling of names.
+        tokenizer are copied. As the opened `Checkpoint`, also what it has left out, its own spelling of names, and
+        which tensor is in which file.
       config: The content of config.json; None for the source's. The dtype in it follows the tensors'.
       dtype: What floating tensors are cast to; None keeps theirs.
       max_shard_size: In bytes: more are split over several files, with an index; a larger tensor has a file to itself.
+        None: as the `Checkpoint` has them, or 5 GB.
 
     Returns:
       The directory.
@@ -122,7 +126,8 @@ def write(
     if isinstance(source, Checkpoint):
         tensors = _as_in(source, tensors, check=config is None)
     copied = others(folder) if folder else []
-    shards = _shards(tensors, dtype, max_shard_size)
+    kept = _kept(source, tensors) if isinstance(source, Checkpoint) and max_shard_size is None else None
+    shards = kept or _shards(tensors, dtype, LARGEST_SHARD if max_shard_size is None else max_shard_size)
     described = read_json(folder / CONFIG) if config is None and folder else dict(config or {})
     dtypes = {cast(x.dtype, dtype) for x in tensors.values() if jax.numpy.issubdtype(x.dtype, np.inexact)}
     field = "dtype" if "dtype" in described else "torch_dtype"
@@ -131,10 +136,12 @@ def write(
     with atomic.directory(directory) as new:
         for name, shard in shards.items():
             write_file(new / name, shard, dtype)
-        if len(shards) > 1:
+        if [*shards] != [WEIGHTS]:
             size = sum(math.prod(x.shape) * cast(x.dtype, dtype).itemsize for x in tensors.values())
             files = {name: file for file, shard in shards.items() for name in shard}
-            _write_json(new / INDEX, {"metadata": {"total_size": size}, "weight_map": files})
+            metadata = read_json(folder / INDEX).get("metadata") if kept and folder else None
+            metadata = {**(metadata if isinstance(metadata, dict) else {}), "total_size": size}
+            _write_json(new / INDEX, {"metadata": metadata, "weight_map": files})
         _write_json(new / CONFIG, described)
         for file in copied:
             shutil.copyfile(file, new / file.name)
@@ -162,6 +169,17 @@ def _as_in(source: Checkpoint, tensors: Mapping[str, Any], check: bool) -> dict[
         raise_if(wrong, f"these are not the tensors of '{source.directory}'; give config= for a model of their own")
     spelled = {source.tensors[name].name if name in source.tensors else name: x for name, x in tensors.items()}
     return spelled | {tensor.name: tensor for tensor in source.ignored}
+
+
+def _kept(source: Checkpoint, tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]] | None:
+    """Which tensors go to which file, as in a checkpoint; None where they are not its own."""
+    files = {tensor.name: tensor.file.name for tensor in (*source.tensors.values(), *source.ignored)}
+    if files.keys() != tensors.keys():
+        return None
+    shards: dict[str, dict[str, Any]] = {}
+    for name, file in files.items():
+        shards.setdefault(file, {})[name] = tensors[name]
+    return shards
 
 
 def _shards(tensors: Mapping[str, Any], dtype: DTypeLike | None, largest: int) -> dict[str, dict[str, Any]]:
