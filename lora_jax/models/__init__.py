@@ -23,6 +23,7 @@ def load(
     sha256: str | Mapping[str, str] | None = None,
     ignore: Iterable[str] = (),
     shardings: Any = None,
+    abstract: bool = False,
     **options: Any,
 ) -> tuple[Any, Any]:
     """Load a model from a Hugging Face directory; every tensor in it is used, once.
@@ -33,6 +34,7 @@ def load(
       sha256: The hex digest of the weights file, or of each shard by its file name; checked before it is read.
       ignore: Regexes for tensors to leave out, such as the heads of other tasks: `["cls.*"]`.
       shardings: Where the parameters go, as in `lora_jax.formats.huggingface.fill`; None for the default device.
+      abstract: Whether to return the parameters' shapes instead, as `jax.ShapeDtypeStruct`: headers alone are read.
       **options: Of the `load` of the model's own file: `scan=False` for a decoder whose layers are not stacked.
 
     Returns:
@@ -53,4 +55,4 @@ def load(
     if not isinstance(kind, str) or kind not in MODULES:
         raise ValueError(f"'{directory}': model_type is {kind!r}; known are {', '.join(MODULES)}: load one of them")
     module = importlib.import_module(f"lora_jax.models.{MODULES[kind]}")
-    return module.load(directory, dtype=dtype, sha256=sha256, ignore=ignore, shardings=shardings, **options)
+    return module.load(directory, dtype=dtype, sha256=sha256, ignore=ignore, shardings=shardings, abstract=abstract, **options)

@@ -41,12 +41,14 @@ def read(
     sha256: str | Mapping[str, str] | None = None,
     ignore: Iterable[str] = (),
     shardings: Any = None,
+    abstract: bool = False,
 ) -> tuple[M, Any]:
     """What `model` makes of a checkpoint, and its variables; the options are as in `lora_jax.models.load`."""
     ignored = (*lists.ignored, *ignore)
     checkpoint = huggingface.open_checkpoint(directory, renames=lists.renames, ignored=ignored, sha256=sha256)
     made = model(checkpoint)
     shapes = jax.eval_shape(made.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
-    params = huggingface.fill(shapes, checkpoint, lists.names, dtype, shardings=shardings)
+    filled = huggingface.outline if abstract else huggingface.fill
+    params = filled(shapes, checkpoint, lists.names, dtype, shardings=shardings)
     held = functools.reduce(jnp.promote_types, {leaf.dtype for leaf in jax.tree.leaves(params)})
     return made.clone(param_dtype=held), params

@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     pattern = TARGETS.get(arguments.targets, arguments.targets)
     variant = _variant(arguments.variant, arguments.rank)
     job = Job(
-        _config(arguments.config),
+        _config(arguments.model),
         mesh,
         arguments.batch,
         arguments.length,

@@ -10,7 +10,7 @@ A model brings a few short lists (see `lora_jax.models.bert`), and this package 
 from lora_jax.formats.huggingface.checkpoint import Checkpoint, open_checkpoint
 from lora_jax.formats.huggingface.directory import download
 from lora_jax.formats.huggingface.exporting import export, save, write
-from lora_jax.formats.huggingface.filling import fill
+from lora_jax.formats.huggingface.filling import fill, outline
 from lora_jax.formats.huggingface.tensors import CheckpointError, Lazy, Tensor
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "export",
     "fill",
     "open_checkpoint",
+    "outline",
     "save",
     "write",
 ]

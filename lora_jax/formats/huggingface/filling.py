@@ -58,12 +58,8 @@ def fill(
     >>> fill(shapes, open_checkpoint(directory), names=[("up", "up", "linear")])["up"]["kernel"].shape
     (2, 3)
     """
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype is {dtype!r}, which cannot hold weights: pass a floating one, or None for the file's")
-    leaves, treedef = tree.flatten(params)
-    places = located(leaves, names)
-    where = _shardings(params, leaves, shardings)
-    _check(checkpoint, places, dtype)
+    leaves, treedef, places, where, ties = _fitting(params, checkpoint, names, dtype, shardings)
+    _check_ties(checkpoint, ties)
     uses = [
         (checkpoint.tensors[name], path, index)
         for path, place in places.items()
@@ -77,6 +73,24 @@ def fill(
         filled[path] = jax.block_until_ready(done)  # else several would be on their way, and in memory
         del x, done
     return tree.unflatten(treedef, filled)
+
+
+def outline(
+    params: Any, checkpoint: Checkpoint, names: Names, dtype: DTypeLike | None = None, *, shardings: Any = None
+) -> Any:
+    """What `fill` would return with these arguments, as `jax.ShapeDtypeStruct` with shardings; no value is read.
+
+    Raises:
+      CheckpointError: As `fill`, but that a second copy of tied embeddings is not compared.
+      ValueError: As `fill`.
+    """
+    leaves, treedef, places, where, _ = _fitting(params, checkpoint, names, dtype, shardings)
+
+    def shape(path: str) -> jax.ShapeDtypeStruct:
+        stored = checkpoint.tensors[next(iter(places[path].tensors.values()))].dtype
+        return jax.ShapeDtypeStruct(leaves[path].shape, dtype or stored, sharding=where[path])
+
+    return tree.unflatten(treedef, {path: shape(path) for path in leaves})
 
 
 def located(leaves: Mapping[str, Any], names: Names) -> dict[str, Place]:
@@ -107,8 +121,19 @@ def part_dimension(place: Place) -> int:
     return place.groups.index(place.layout.side("o")[0])
 
 
-def _check(checkpoint: Checkpoint, places: Mapping[str, Place], dtype: DTypeLike | None) -> None:
-    """Raises where the tensors do not fit the leaves."""
+def _fitting(params: Any, checkpoint: Checkpoint, names: Names, dtype: DTypeLike | None, shardings: Any) -> Any:
+    """The leaves, their structure, and by path where they are in the checkpoint, and where they go."""
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype is {dtype!r}, which cannot hold weights: pass a floating one, or None for the file's")
+    leaves, treedef = tree.flatten(params)
+    places = located(leaves, names)
+    where = _shardings(params, leaves, shardings)
+    ties = _check(checkpoint, places, dtype)
+    return leaves, treedef, places, where, ties
+
+
+def _check(checkpoint: Checkpoint, places: Mapping[str, Place], dtype: DTypeLike | None) -> list[tuple[Tensor, Tensor]]:
+    """Raises where the tensors do not fit the leaves; which of those left over are to be the same as others."""
     problems = []
     left_over = dict(checkpoint.tensors)
     for path, place in places.items():
@@ -141,6 +166,11 @@ def _check(checkpoint: Checkpoint, places: Mapping[str, Place], dtype: DTypeLike
     if left_over:
         remedy += ", or leave tensors out on purpose with ignore=[...], regexes that match their names in full"
     raise_if(problems, f"'{checkpoint.directory}' does not fit the model; {remedy}")
+    return ties
+
+
+def _check_ties(checkpoint: Checkpoint, ties: list[tuple[Tensor, Tensor]]) -> None:
+    """Raises where what the model has once is there twice, and differs."""
     untied = [f"'{name.name}' is not '{other.name}'" for name, other in ties if not same_bits(name, other)]
     remedy = "if they were trained apart, set tie_word_embeddings to false in config.json, or ignore=[...] one"
     raise_if(untied, f"'{checkpoint.directory}' holds different weights for what the model has once; {remedy}")
