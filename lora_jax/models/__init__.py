@@ -11,9 +11,9 @@ from jax.typing import DTypeLike
 
 from lora_jax.formats.huggingface.directory import CONFIG, read_json
 from lora_jax.models.generate import generate
-from lora_jax.models.writing import MODULES, save
+from lora_jax.models.writing import MODULES, names, save
 
-__all__ = ["MODULES", "generate", "load", "save"]
+__all__ = ["MODULES", "generate", "load", "names", "save"]
 
 
 def load(
@@ -55,4 +55,6 @@ def load(
     if not isinstance(kind, str) or kind not in MODULES:
         raise ValueError(f"'{directory}': model_type is {kind!r}; known are {', '.join(MODULES)}: load one of them")
     module = importlib.import_module(f"lora_jax.models.{MODULES[kind]}")
-    return module.load(directory, dtype=dtype, sha256=sha256, ignore=ignore, shardings=shardings, abstract=abstract, **options)
+    return module.load(
+        directory, dtype=dtype, sha256=sha256, ignore=ignore, shardings=shardings, abstract=abstract, **options
+    )

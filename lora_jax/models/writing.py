@@ -10,6 +10,7 @@ from typing import Any
 from flax import linen as nn
 
 from lora_jax.formats import huggingface
+from lora_jax.formats.names import Names
 from lora_jax.models.families import FAMILIES, FIXED
 from lora_jax.models.gpt2 import WORDS
 
@@ -52,10 +53,19 @@ def save(directory: str | Path, model: nn.Module, params: Any, **options: Any) -
     >>> models.load(models.save(f"{tempfile.mkdtemp()}/tiny", model, params))[0].config == model.config
     True
     """
-    module = importlib.import_module(type(model).__module__)
     if options.get("source") is None and options.get("config") is None:
         options["config"] = config_of(model)
-    return huggingface.save(directory, params, module.NAMES, **options)
+    return huggingface.save(directory, params, names(model), **options)
+
+
+def names(model: nn.Module) -> Names:
+    """A model's name map, by which `huggingface` and `peft` know its leaves.
+
+    >>> from lora_jax.models.gpt2 import GPT2, Config
+    >>> names(GPT2(Config(100, 8, 1, 2)))[-1]
+    ('.*/head', 'lm_head', 'linear')
+    """
+    return importlib.import_module(type(model).__module__).NAMES
 
 
 def config_of(model: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ A model brings a few short lists (see `lora_jax.models.bert`), and this package 
 """
 
 from lora_jax.formats.huggingface.checkpoint import Checkpoint, open_checkpoint
-from lora_jax.formats.huggingface.directory import download
+from lora_jax.formats.huggingface.directory import directory_of, download
 from lora_jax.formats.huggingface.exporting import export, save, write
 from lora_jax.formats.huggingface.filling import fill, outline
 from lora_jax.formats.huggingface.tensors import CheckpointError, Lazy, Tensor
@@ -18,6 +18,7 @@ __all__ = [
     "CheckpointError",
     "Lazy",
     "Tensor",
+    "directory_of",
     "download",
     "export",
     "fill",

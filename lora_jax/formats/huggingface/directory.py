@@ -10,6 +10,7 @@ from typing import Any
 from lora_jax.formats.huggingface.tensors import LARGEST, CheckpointError, Tensor, digest, headers, parsed
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+HUB = "hf://"
 PLAIN = re.compile(r"[\w.,+=@ -]{1,200}\.safetensors", re.ASCII)  # no folder, and nothing that a file system may mind
 # What is beside the weights: how to generate, and tokenizers of all kinds.
 OTHERS = ("generation_config.json", "tokenizer*.json", "tokenizer.model*", "special_tokens_map.json")
@@ -43,6 +44,24 @@ def download(name: str, revision: str | None = None) -> Path:
         reason = str(error).strip().split("\n")[0]
         raise OSError(f"'{name}' could not be downloaded ({reason}): correct it, or give a directory") from error
     return Path(found)
+
+
+def directory_of(model: str | Path) -> Path:
+    """The directory of a model: itself, or "hf://ORG/NAME", which `download` gets.
+
+    Raises:
+      FileNotFoundError: There is no such directory.
+      OSError: The hub has no such model, or does not answer.
+
+    >>> directory_of("no/such")
+    Traceback (most recent call last):
+    FileNotFoundError: 'no/such' is no directory: give one of a model, or hf://ORG/NAME to download it
+    """
+    if str(model).startswith(HUB):
+        return download(str(model).removeprefix(HUB))
+    if not Path(model).is_dir():
+        raise FileNotFoundError(f"'{model}' is no directory: give one of a model, or {HUB}ORG/NAME to download it")
+    return Path(model)
 
 
 def tensors_of(directory: Path, sha256: str | Mapping[str, str] | None = None) -> list[Tensor]:
