@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-COMMANDS = ("train", "plan", "demo")
+COMMANDS = ("train", "merge", "convert", "info", "extract", "combine", "plan", "demo")
 
 
 class Parser(argparse.ArgumentParser):
