@@ -43,12 +43,24 @@ def read(
     shardings: Any = None,
     abstract: bool = False,
 ) -> tuple[M, Any]:
-    """What `model` makes of a checkpoint, and its variables; the options are as in `lora_jax.models.load`."""
+    """What `model` makes of a directory, and its variables; the options are as in `lora_jax.models.load`."""
     ignored = (*lists.ignored, *ignore)
     checkpoint = huggingface.open_checkpoint(directory, renames=lists.renames, ignored=ignored, sha256=sha256)
-    made = model(checkpoint)
+    return filled(model(checkpoint), checkpoint, lists.names, dtype=dtype, shardings=shardings, abstract=abstract)
+
+
+def filled(
+    made: M,
+    checkpoint: huggingface.Checkpoint,
+    names: Names,
+    *,
+    dtype: DTypeLike | None = None,
+    shardings: Any = None,
+    abstract: bool = False,
+) -> tuple[M, Any]:
+    """A model, and its variables from a checkpoint; the options are as in `lora_jax.models.load`."""
     shapes = jax.eval_shape(made.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
-    filled = huggingface.outline if abstract else huggingface.fill
-    params = filled(shapes, checkpoint, lists.names, dtype, shardings=shardings)
+    fill = huggingface.outline if abstract else huggingface.fill
+    params = fill(shapes, checkpoint, names, dtype, shardings=shardings)
     held = functools.reduce(jnp.promote_types, {leaf.dtype for leaf in jax.tree.leaves(params)})
     return made.clone(param_dtype=held), params
