@@ -12,9 +12,10 @@ from jax.typing import DTypeLike
 from lora_jax.formats.huggingface.directory import CONFIG, read_json
 from lora_jax.models import classifier
 from lora_jax.models.generate import generate
+from lora_jax.models.loading import opened
 from lora_jax.models.writing import MODULES, names, save
 
-__all__ = ["MODULES", "generate", "load", "names", "save"]
+__all__ = ["MODULES", "generate", "load", "names", "opened", "save"]
 
 
 def load(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -64,3 +65,27 @@ def filled(
     params = fill(shapes, checkpoint, names, dtype, shardings=shardings)
     held = functools.reduce(jnp.promote_types, {leaf.dtype for leaf in jax.tree.leaves(params)})
     return made.clone(param_dtype=held), params
+
+
+def opened(model: nn.Module, directory: str | Path) -> huggingface.Checkpoint:
+    """A model's checkpoint with its values still on the disk, by the lists that the model's file ends with.
+
+    Args:
+      model: What `lora_jax.models.load` returned of the directory; with `abstract=True` nothing is read for it either.
+      directory: The directory.
+
+    Raises:
+      FileNotFoundError: As `lora_jax.models.load`.
+      ValueError: As `lora_jax.models.load`.
+
+    >>> import tempfile
+    >>> from lora_jax import models
+    >>> from lora_jax.models.gpt2 import GPT2, Config
+    >>> made, directory = GPT2(Config(100, 8, 1, 2)), f"{tempfile.mkdtemp()}/tiny"
+    >>> _ = models.save(directory, made, made.init(jax.random.key(0), jnp.array([[1]])))
+    >>> model, shapes = models.load(directory, abstract=True)
+    >>> opened(model, directory).tensors["transformer.wte.weight"].shape
+    (100, 8)
+    """
+    lists = importlib.import_module(type(model).__module__)
+    return huggingface.open_checkpoint(directory, renames=lists.RENAMES, ignored=lists.IGNORED)

@@ -8,6 +8,7 @@ A model brings a few short lists (see `lora_jax.models.bert`), and this package 
 """
 
 from lora_jax.formats.huggingface.checkpoint import Checkpoint, open_checkpoint
+from lora_jax.formats.huggingface.deferred import deferred, fingerprint
 from lora_jax.formats.huggingface.directory import directory_of, download
 from lora_jax.formats.huggingface.exporting import export, save, write
 from lora_jax.formats.huggingface.filling import fill, outline
@@ -18,10 +19,12 @@ __all__ = [
     "CheckpointError",
     "Lazy",
     "Tensor",
+    "deferred",
     "directory_of",
     "download",
     "export",
     "fill",
+    "fingerprint",
     "open_checkpoint",
     "outline",
     "save",
