@@ -67,7 +67,7 @@ def filled(
     return made.clone(param_dtype=held), params
 
 
-def opened(model: nn.Module, directory: str | Path) -> huggingface.Checkpoint:
+def opened(model: Any, directory: str | Path) -> huggingface.Checkpoint:
     """A model's checkpoint with its values still on the disk, by the lists that the model's file ends with.
 
     Args:
@@ -87,5 +87,7 @@ def opened(model: nn.Module, directory: str | Path) -> huggingface.Checkpoint:
     >>> opened(model, directory).tensors["transformer.wte.weight"].shape
     (100, 8)
     """
-    lists = importlib.import_module(type(model).__module__)
+    lists: Any = importlib.import_module(type(model).__module__)
+    if hasattr(lists, "opened"):  # a classifier's, with a head where the directory has none
+        return lists.opened(directory, model.labels)
     return huggingface.open_checkpoint(directory, renames=lists.RENAMES, ignored=lists.IGNORED)

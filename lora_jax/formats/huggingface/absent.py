@@ -30,3 +30,8 @@ class Absent(Tensor):
         if self.diagonal:
             return np.eye(stop - start, self.shape[1], start, dtype=self.dtype)
         return np.zeros((stop - start, *self.shape[1:]), self.dtype)
+
+    def entries(self, positions: np.ndarray) -> np.ndarray:
+        """Some of its entries, by their positions in C order."""
+        rows, columns = positions // self.shape[-1], positions % self.shape[-1]
+        return (self.diagonal & (rows == columns)).astype(self.dtype)
