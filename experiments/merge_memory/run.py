@@ -45,7 +45,6 @@ def make(folder, layers):
     import lora_jax as lora
     from lora_jax import models, tree
     from lora_jax.formats import huggingface
-    from lora_jax.models.base import open_base
 
     def drawn(name, shape, dtype):
         draws = np.random.default_rng(zlib.crc32(name.encode()))
@@ -61,7 +60,7 @@ def make(folder, layers):
     config = {**models.writing.config_of(model), "torch_dtype": "bfloat16"}
     huggingface.write(folder / "model", tensors, config=config, max_shard_size=SHARD)
 
-    base = open_base(folder / "model")
+    base = models.Stored.of(folder / "model", *models.load(folder / "model", abstract=True))
     for name, variant in (("adapter", lora.LoRA(RANK, alpha=32)), ("dora", lora.DoRA(RANK, alpha=32))):
         lora_params = lora.factors.LoraParams()
         leaves = tree.flatten(base.params)[0]

@@ -1,35 +1,42 @@
-"""What commands that take a model and adapters of it begin with."""
+"""What commands that take a model and adapters of it begin with, and how those end that make an adapter."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lora_jax.factors import LoraParams
-    from lora_jax.models.base import Base
+    from lora_jax.models.stored import Stored
 
 
-def base_of(model: str, path: Path) -> Base:
-    """The model that an adapter would be of.
+def stored(model: str, adapter: Path | None = None) -> Stored:
+    """A model of which headers alone are read.
 
     Args:
       model: As `huggingface.directory_of` takes it.
-      path: Of the adapter, which tells some of a model's forms apart.
+      adapter: One of it, which tells a classifier from its encoder, and whether a decoder's layers are stacked.
 
     Raises:
       OSError: One of them is not there.
       ValueError: The model cannot be read, or the adapter is damaged.
     """
-    from lora_jax.formats import adapter
+    from lora_jax import models
+    from lora_jax.finetune.base import for_adapter
+    from lora_jax.formats.adapter import paths
     from lora_jax.formats.huggingface import directory_of
-    from lora_jax.models.base import open_base
 
-    return open_base(directory_of(model), adapter.paths(path))
+    directory = directory_of(model)
+    made, params = for_adapter(directory, adapter, abstract=True)
+    apart = adapter is not None and any(re.match(r"params/layers_\d+/", path) for path in paths(adapter))
+    if apart and hasattr(made, "scan"):
+        made, params = models.load(directory, abstract=True, scan=False)
+    return models.Stored.of(directory, made, params)
 
 
-def adapters_of(model: str, paths: Sequence[Path]) -> tuple[Base, list[LoraParams]]:
+def adapters_of(model: str, paths: Sequence[Path]) -> tuple[Stored, list[LoraParams]]:
     """A model, and adapters that were made for it.
 
     Args:
@@ -44,8 +51,18 @@ def adapters_of(model: str, paths: Sequence[Path]) -> tuple[Base, list[LoraParam
 
     for path in paths:
         adapter.find(path)
-    base = base_of(model, paths[0])
+    base = stored(model, paths[0])
     return base, [adapter.load(path, base.deferred(), base.names, base=base.fingerprint) for path in paths]
+
+
+def task_type(base: Stored) -> str:
+    """PEFT's word for what a model does."""
+    from lora_jax.finetune import task
+
+    try:
+        return task.of(base.model).peft
+    except ValueError:  # an encoder without a task
+        return "FEATURE_EXTRACTION"
 
 
 def hub_name(model: str) -> str:
@@ -53,7 +70,7 @@ def hub_name(model: str) -> str:
     return model.removeprefix("hf://")
 
 
-def write(out: Path, lora_params: LoraParams, base: Base, model: str) -> None:
+def write(out: Path, lora_params: LoraParams, base: Stored, model: str) -> None:
     """Writes an adapter's folder, and says what is in it."""
     from lora_jax.formats import adapter
 
@@ -64,7 +81,7 @@ def write(out: Path, lora_params: LoraParams, base: Base, model: str) -> None:
         base=base.deferred(),
         fingerprint=base.fingerprint(),
         base_model_name_or_path=hub_name(model),
-        task_type=base.task_type,
+        task_type=task_type(base),
     )
     kinds = sorted({type(x.variant).__name__ for x in lora_params.values()})
     print(f"{out}: {len(lora_params)} leaves, {' and '.join(kinds)}")

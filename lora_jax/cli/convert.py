@@ -37,7 +37,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Converts."""
-    from lora_jax.cli.base import adapters_of, hub_name
+    from lora_jax.cli.base import adapters_of, hub_name, task_type
     from lora_jax.formats import native, peft
 
     if arguments.portable and arguments.to == "native":
@@ -56,6 +56,6 @@ def run(arguments: argparse.Namespace) -> None:
             base=base.deferred(),
             portable=arguments.portable,
             base_model_name_or_path=hub_name(arguments.model),
-            task_type=base.task_type,
+            task_type=task_type(base),
         )
     print(f"{arguments.out}: written")

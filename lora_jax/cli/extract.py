@@ -32,20 +32,19 @@ def add(parser: argparse.ArgumentParser) -> None:
     option("--rank", metavar="N", type=options.whole(1), required=True, help="of the adapter, at most")
     option("--out", metavar="DIR", type=Path, required=True, help="the folder of the new adapter")
     option("--targets", metavar="REGEX", help="of whole paths of leaves, as `lora-jax info` lists them (default: all)")
-    option("--json", metavar="FILE", type=Path, help="all numbers, for programs")
+    options.add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Extracts."""
     from lora_jax.algebra.between import extracted
-    from lora_jax.cli.base import write
+    from lora_jax.cli.base import stored, write
     from lora_jax.cli.groups import pattern
-    from lora_jax.formats.huggingface import directory_of
-    from lora_jax.models.base import open_base
     from lora_jax.table import table
 
     options.refuse_existing(arguments.out)
-    base, tuned = (open_base(directory_of(model)) for model in (arguments.model, arguments.tuned))
+    options.check_new(arguments.json)
+    base, tuned = (stored(model) for model in (arguments.model, arguments.tuned))
     lora_params, held = extracted(base.deferred(), tuned.deferred(), base.sites(), arguments.rank, arguments.targets)
     write(arguments.out, lora_params, base, arguments.model)
     groups: dict[str, list[str]] = {}

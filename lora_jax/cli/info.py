@@ -37,13 +37,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument
     option("--adapter", metavar="A", type=Path, required=True, help=options.ADAPTER)
     option("--model", metavar="DIR", help=f"the base that it should fit: {options.MODEL}")
-    option("--json", metavar="FILE", type=Path, help="the same, for programs")
+    options.add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Shows it; 1 where it does not fit."""
     from lora_jax.formats.contents import contents
 
+    options.check_new(arguments.json)
     found = contents(arguments.adapter)
     print(_shown(found, arguments.adapter))
     misfit = None
@@ -56,10 +57,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _misfit(model: str, path: Path) -> str | None:
     """What of an adapter does not fit a model; a model that cannot be read is an error."""
-    from lora_jax.cli.base import base_of
+    from lora_jax.cli.base import stored
     from lora_jax.formats import adapter
 
-    base = base_of(model, path)
+    base = stored(model, path)
     try:
         adapter.load(path, base.deferred(), base.names, base=base.fingerprint)
     except ValueError as error:

@@ -57,7 +57,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     option("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as the base has them)")
     option("--round", choices=("nearest", "stochastic"), default="nearest", help="how (default: %(default)s)")
     option("--seed", metavar="N", type=options.whole(0), help="of --round stochastic (default: 0)")
-    option("--json", metavar="FILE", type=Path, help="all numbers, for programs")
+    options.add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -69,6 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.seed is not None and arguments.round == "nearest":
         raise ValueError("--seed does nothing with --round nearest: leave it out, or give --round stochastic")
     options.refuse_existing(arguments.out)
+    options.check_new(arguments.json)
     base, adapters = adapters_of(arguments.model, [given.path for given in arguments.adapter])
     weights = [given.weight for given in arguments.adapter]
     lora_params = summed(adapters, weights, base=base.deferred()) if [*weights] != [1.0] else adapters[0]
@@ -108,8 +109,9 @@ def _tell(losses: dict[str, Loss], dtype: str, stochastic: bool) -> None:
         print(f"{lost}, at random: on average nothing is lost")
     elif whole.share > NOTEWORTHY or worst.share > NOTEWORTHY:
         print(
-            f"warning: {dtype} keeps {100 * max(0.0, 1 - whole.share):.0f} % of the update: of ‖ΔW‖ {whole.update**0.5:.3g}, "
-            f"{whole.error**0.5:.3g} is lost in rounding, and {stuck} (worst: {worst.name}, {100 * worst.share:.0f} % lost). "
+            f"warning: {dtype} keeps {100 * max(0.0, 1 - whole.share):.0f} % of the update: of ‖ΔW‖ "
+            f"{whole.update**0.5:.3g}, {whole.error**0.5:.3g} is lost in rounding, and {stuck} "
+            f"(worst: {worst.name}, {100 * worst.share:.0f} % lost). "
             "--dtype float32 keeps all, --round stochastic keeps it on average",
             file=sys.stderr,
         )
