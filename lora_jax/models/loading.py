@@ -44,18 +44,30 @@ def read(
     shardings: Any = None,
     abstract: bool = False,
 ) -> tuple[M, Any]:
-    """What `model` makes of a checkpoint, and its variables; the options are as in `lora_jax.models.load`."""
+    """What `model` makes of a directory, and its variables; the options are as in `lora_jax.models.load`."""
     ignored = (*lists.ignored, *ignore)
     checkpoint = huggingface.open_checkpoint(directory, renames=lists.renames, ignored=ignored, sha256=sha256)
-    made = model(checkpoint)
+    return filled(model(checkpoint), checkpoint, lists.names, dtype=dtype, shardings=shardings, abstract=abstract)
+
+
+def filled(
+    made: M,
+    checkpoint: huggingface.Checkpoint,
+    names: Names,
+    *,
+    dtype: DTypeLike | None = None,
+    shardings: Any = None,
+    abstract: bool = False,
+) -> tuple[M, Any]:
+    """A model, and its variables from a checkpoint; the options are as in `lora_jax.models.load`."""
     shapes = jax.eval_shape(made.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
-    filled = huggingface.outline if abstract else huggingface.fill
-    params = filled(shapes, checkpoint, lists.names, dtype, shardings=shardings)
+    fill = huggingface.outline if abstract else huggingface.fill
+    params = fill(shapes, checkpoint, names, dtype, shardings=shardings)
     held = functools.reduce(jnp.promote_types, {leaf.dtype for leaf in jax.tree.leaves(params)})
     return made.clone(param_dtype=held), params
 
 
-def opened(model: nn.Module, directory: str | Path) -> huggingface.Checkpoint:
+def opened(model: Any, directory: str | Path) -> huggingface.Checkpoint:
     """A model's checkpoint with its values still on the disk, by the lists that the model's file ends with.
 
     Args:
@@ -75,5 +87,7 @@ def opened(model: nn.Module, directory: str | Path) -> huggingface.Checkpoint:
     >>> opened(model, directory).tensors["transformer.wte.weight"].shape
     (100, 8)
     """
-    lists = importlib.import_module(type(model).__module__)
+    lists: Any = importlib.import_module(type(model).__module__)
+    if hasattr(lists, "opened"):  # a classifier's, with a head where the directory has none
+        return lists.opened(directory, model.labels)
     return huggingface.open_checkpoint(directory, renames=lists.RENAMES, ignored=lists.IGNORED)
