@@ -22,11 +22,11 @@ from lora_jax.formats import peft
 def run(settings: Settings) -> dict[str, float]:
     """Trains."""
     model, shapes = models.load(settings.model, dtype=settings.precision, abstract=True)
-    tokenizer = Tokenizer.of(Path(settings.model), model.config.vocab_size)
-    data = dataset.of(settings, tokenizer)
+    tokenizer = Tokenizer.of(settings.model, model.config.vocab_size, settings.chat_template)
+    data = dataset.of(settings, tokenizer, positions=model.config.max_position_embeddings)
     train, test = data.train, data.test
     batches = Batches(train, settings.batch, settings.seed)
-    steps = settings.steps or int(settings.epochs * len(train["input_ids"]) / settings.batch)
+    steps = settings.steps or int(settings.epochs * len(train) / settings.batch)
     task = LanguageModel(model, models.names(model))
 
     variant = lora.LoRA(settings.rank or 8, settings.alpha)
@@ -42,8 +42,9 @@ def run(settings: Settings) -> dict[str, float]:
     step = training.make_step(task.loss, tx, clip_norm=1.0, weight=task.weight, accumulate=settings.accumulate)
 
     def evaluate(lora_params: Any) -> dict[str, float]:
-        size = len(test["input_ids"])
-        parts = [{n: x[i : i + settings.batch] for n, x in test.items()} for i in range(0, size, settings.batch)]
+        if test is None:
+            return {"perplexity": float("nan")}
+        parts = test.batches(settings.batch)
         return task.metrics(training.evaluate(task.loss, frozen, lora_params, parts, weight=task.weight))
 
     out = Path(settings.out)
