@@ -1,8 +1,8 @@
 """Does PEFT, on transformers' model and tokenizer, get the same perplexity? python experiments/session/check_peft.py
 
-Needs the extra `peft`. It takes nothing from lora_jax: transformers' tokenizer makes the tokens, its model the logits, and
-PEFT loads the adapter as anyone would. Prints the perplexity of the base, of the base with the adapter, and of the merged
-directory, beside what `lora-jax train` said; the exit status is 1 where they differ by more than 1e-5 of it.
+Needs the extra `peft`. It takes nothing from lora_jax: transformers' tokenizer makes the tokens, its model the logits,
+and PEFT loads the adapter as anyone would. Prints the perplexity of the base, of the base with the adapter, and of the
+merged directory, beside what `lora-jax train` said; the exit status is 1 where they differ by more than 1e-5 of it.
 """
 
 from __future__ import annotations
@@ -20,30 +20,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def pieces(texts: list[str], tokenizer, length: int) -> Iterator[list[int]]:
-    """Documents one after the other, cut every `length` tokens and where each ends: what sees each other in a row."""
-    place = 0
+    """What sees each other: a document, or pieces of one that share a token, so that each is predicted once."""
     for text in texts:
         ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-        while ids:
-            room = length - place
-            yield ids[:room]
-            place, ids = (place + len(ids[:room])) % length, ids[room:]
+        yield from (ids[start : start + length] for start in range(0, len(ids) - 1, length - 1))
 
 
 @torch.no_grad()
-def perplexity(model, batches: list[list[list[int]]]) -> float:
-    """Of every token but the first of each piece."""
+def perplexity(model, rows: list[list[int]], batch: int = 16) -> float:
+    """Of every token but the first of each row."""
     total = count = 0
-    for batch in batches:
-        longest = max(map(len, batch))
-        ids, mask = (
-            torch.tensor([[*map(of, piece), *[0] * (longest - len(piece))] for piece in batch])
-            for of in (int, lambda _: 1)
-        )
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].double()
-        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        total += float(losses @ mask[:, 1:].flatten().double())
-        count += int(mask[:, 1:].sum())
+    for start in range(0, len(rows), batch):
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows[start : start + batch]], True, -100)
+        here = ids != -100
+        logits = model(input_ids=ids.clamp(min=0), attention_mask=here.long()).logits.double()
+        total += float(torch.nn.functional.cross_entropy(logits[:, :-1].mT, ids[:, 1:], reduction="sum"))
+        count += int(here[:, 1:].sum())
     return math.exp(total / count)
 
 
@@ -52,21 +44,22 @@ def main() -> int:
     for name, default in (("model", "base"), ("adapter", "lora"), ("merged", "merged"), ("data", "held_out.jsonl")):
         parser.add_argument(f"--{name}", type=Path, default=Path(default), help="default: %(default)s")
     parser.add_argument("--length", type=int, default=128, help="as of lora-jax train (default: %(default)s)")
-    parser.add_argument("--expected", type=float, nargs=2, metavar="PPL", help="of base and adapter, as lora-jax has it")
+    parser.add_argument(
+        "--expected", type=float, nargs=2, metavar="PPL", help="of base and adapter, as lora-jax has it"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the numbers")
     arguments = parser.parse_args()
 
     texts = [json.loads(line)["text"] for line in arguments.data.read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    cut = list(pieces(texts, tokenizer, arguments.length))
-    batches = [cut[i : i + 16] for i in range(0, len(cut), 16)]
+    rows = list(pieces(texts, tokenizer, arguments.length))
 
     base = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
-    found = {"base": perplexity(base, batches)}
+    found = {"base": perplexity(base, rows)}
     adapted = peft.PeftModel.from_pretrained(base, str(arguments.adapter)).eval()
-    found["base + adapter"] = perplexity(adapted, batches)
+    found["base + adapter"] = perplexity(adapted, rows)
     if arguments.merged.exists():
-        found["merged"] = perplexity(AutoModelForCausalLM.from_pretrained(arguments.merged).eval(), batches)
+        found["merged"] = perplexity(AutoModelForCausalLM.from_pretrained(arguments.merged).eval(), rows)
 
     expected = dict(zip(("base", "base + adapter"), arguments.expected or (), strict=False))
     if "merged" in found and expected:
