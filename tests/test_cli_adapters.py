@@ -85,9 +85,8 @@ def call(line):
         return error.code
 
 
-def logits(folder, name, params=None):
-    model, loaded = models.load(folder)
-    return np.asarray(MODELS[name].apply(params or loaded, IDS))
+def flat(params):
+    return np.concatenate([np.asarray(x, np.float32).ravel() for x in jax.tree.leaves(params)])
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -118,7 +117,7 @@ def test_merge_says_what_rounding_costs(here, capsys):
     assert "--dtype float32 keeps all, --round stochastic keeps it on average" in err
     found = json.loads((here / "a.json").read_text())["rounding"]
     before, exact, after = (
-        np.concatenate([np.asarray(x, np.float32).ravel() for x in jax.tree.leaves(t)])
+        flat(t)
         for t in (
             models.load("half")[1],
             lora.merge(models.load("half", dtype="float32")[1], small),
@@ -130,20 +129,16 @@ def test_merge_says_what_rounding_costs(here, capsys):
     assert found["stuck"] == np.sum((after == before) & (exact != before))
     # On average, seeds lose nothing; each loses more than rounding to the nearest does.
     mean = []
-    for seed in range(8):
-        assert (
-            call(f"merge --model half --adapter small.safetensors --out s{seed} --round stochastic --seed {seed}") == 0
-        )
-        mean.append(
-            np.concatenate([np.asarray(x, np.float32).ravel() for x in jax.tree.leaves(models.load(f"s{seed}")[1])])
-        )
-    assert norm(np.mean(mean, 0) - exact) < 0.6 * norm(mean[0] - exact)
+    for seed in range(4):
+        merge = f"merge --model half --adapter small.safetensors --out s{seed}"
+        assert call(f"{merge} --round stochastic --seed {seed}") == 0
+        mean.append(flat(models.load(f"s{seed}")[1]))
+    assert norm(np.mean(mean, 0) - exact) < 0.7 * norm(mean[0] - exact)
     out, err = capsys.readouterr()
     assert "on average nothing is lost" in out and not err
     assert call("merge --model half --adapter small.safetensors --out wide --dtype float32") == 0
     assert not capsys.readouterr().err
-    wide = np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(models.load("wide")[1])])
-    assert (wide == exact).all()
+    assert (flat(models.load("wide")[1]) == exact).all()
 
 
 def test_merge_of_several(here):
@@ -189,9 +184,7 @@ def test_portable(here):
     assert not json.loads((here / "out" / "adapter_config.json").read_text())["use_rslora"]
 
 
-@pytest.mark.parametrize(
-    "what", ["llama-0", "llama-0/adapter.safetensors", "run", "run/checkpoints", "full.safetensors"]
-)
+@pytest.mark.parametrize("what", ["llama-0", "llama-0/adapter.safetensors", "run", "full.safetensors"])
 def test_info(here, capsys, what):
     assert call(f"info {what} --model llama --json found.json") == 0
     out = capsys.readouterr().out
