@@ -93,6 +93,18 @@ def outline(
     return tree.unflatten(treedef, {path: shape(path) for path in leaves})
 
 
+def verified(params: Any, checkpoint: Checkpoint, names: Names, dtype: DTypeLike | None = None) -> dict[str, Place]:
+    """Where each leaf is in a checkpoint, with all that `fill` checks checked.
+
+    Raises:
+      CheckpointError: As `fill`.
+      ValueError: As `fill`.
+    """
+    _, _, places, _, ties = _fitting(params, checkpoint, names, dtype, None)
+    _check_ties(checkpoint, ties)
+    return places
+
+
 def located(leaves: Mapping[str, Any], names: Names) -> dict[str, Place]:
     """As `locate`, where all leaves have a name.
 
