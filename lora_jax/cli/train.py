@@ -29,7 +29,7 @@ runs. --set takes the variant's other fields: --set scaling=rank_stabilized.
 
 examples:
   lora-jax train --model llama --data notes.txt --out run --dry-run
-                        what would be done, and what it takes; nothing is written
+                        what would be done, and what it takes of memory
   lora-jax train --model llama --data notes.txt --out run
                         plain text; LoRA of rank 8 on all linear layers
   lora-jax train --model hf://Qwen/Qwen3-0.6B --data chat.jsonl --out run \\
@@ -45,6 +45,9 @@ examples:
   lora-jax train --config run/train.yaml --seed 1 --out run-1
                         a run once more, with another seed
   lora-jax train ...    the same command once more: goes on where it was cut off
+
+Most of the time before the first step is XLA's, compiling it. With a folder in
+JAX_COMPILATION_CACHE_DIR, JAX keeps what it has compiled for the next run.
 """
 SUBJECT = None
 

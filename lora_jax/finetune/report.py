@@ -38,8 +38,8 @@ def show(job: Job, shapes: Shapes) -> None:
         "trains": f"{summary.trained:,} numbers, {summary.share:.2%} of the model's",
         "steps": f"{job.steps:,} of {settings.batch} rows{parts}, {passes:.3g} passes over the data, up to "
         f"{quantity(total)} tokens ({each / (settings.batch * length):.0%} of the first step's are no padding)",
-        "optimizer": f"AdamW, learning rate {learning_rate(settings):g} after {int(job.steps * settings.warmup)} steps "
-        f"of warm-up, then {settings.schedule}{plus}",
+        "optimizer": f"AdamW, learning rate {learning_rate(settings):g} after a warm-up over "
+        f"{settings.warmup:.0%} of the steps, then {settings.schedule}{plus}",
     }
     if job.placing.mesh is not None:
         lines["mesh"] = ", ".join(f"{axis}={size}" for axis, size in job.placing.sizes.items() if size > 1)

@@ -35,7 +35,7 @@ class Settings:
         "all-linear",
         "adapter",
         "what is adapted: all-linear, all linear layers but the head; attention, those of attention; all, every "
-        "weight, for --variant Full; or a regex of whole paths, such as '.*/(query|value)/kernel' (lora-jax sites shows them)",
+        "weight, for --variant Full; or a regex of whole paths, as '.*/(query|value)/kernel' (lora-jax sites has them)",
         metavar="WHICH",
     )
     trains: str | None = _field(

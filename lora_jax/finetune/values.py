@@ -44,12 +44,10 @@ def value(name: str, given: Given) -> Any:
     field = FIELDS[name]
     kind, _, rest = str(field.type).partition(" | ")
     said = given.value
-    if said is None or (isinstance(said, str) and said in NOTHING and not given.quoted):
-        if rest:
-            return None
-        if kind.startswith(("tuple", "dict")):
-            return field.default_factory() if kind.startswith("dict") else ()  # pyright: ignore[reportCallIssue]
-        said = None
+    if rest and (said is None or (isinstance(said, str) and said in NOTHING)):
+        return None
+    if said == "" and kind.startswith(("tuple", "dict")):  # a key of YAML's with nothing after it
+        said = []
     try:
         found = _PARSERS[kind.partition("[")[0]](said, given.quoted)
     except (TypeError, ValueError, AttributeError):
