@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MODEL = "a model's directory, or hf://ORG/NAME to download one"
+ADAPTER = "an adapter: what train wrote, a file of lora_jax.save, or PEFT's folder"
 
 
 def whole(least: int) -> Callable[[str], int]:
@@ -22,6 +28,26 @@ def whole(least: int) -> Callable[[str], int]:
     return parse
 
 
+def positive(most: float | None = None) -> Callable[[str], float]:
+    """The type of an option that is a number above 0, `most` or less.
+
+    >>> positive(1)("0.9")
+    0.9
+    """
+    words = "a number above 0" + ("" if most is None else f" and up to {most:g}")
+
+    def parse(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = 0.0
+        if not 0 < number < float("inf") or (most is not None and number > most):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
+        return number
+
+    return parse
+
+
 def need(modules: set[str], extra: str) -> None:
     """Raises where modules of an extra are missing.
 
@@ -32,3 +58,32 @@ def need(modules: set[str], extra: str) -> None:
     missing = sorted(name for name in modules if importlib.util.find_spec(name) is None)
     if missing:
         raise ModuleNotFoundError(f"{', '.join(missing)} not installed: pip install 'lora-jax[{extra}]'")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Adds `--json FILE`."""
+    parser.add_argument("--json", metavar="FILE", type=Path, help="what is shown, for programs, into a new file")
+
+
+def check_new(file: Path | None) -> None:
+    """Raises where a file that is to be written is there, or cannot be; None is none.
+
+    >>> check_new(Path("no/such/folder/found.json"))
+    Traceback (most recent call last):
+    FileNotFoundError: 'no/such/folder' is no directory: make it first, or name another file than 'found.json' in it
+    """
+    if file is None:
+        return
+    if file.exists():
+        raise FileExistsError(f"'{file}' is there already, and nothing is overwritten: move it, or give another name")
+    if not file.parent.is_dir():
+        remedy = f"make it first, or name another file than '{file.name}' in it"
+        raise FileNotFoundError(f"'{file.parent}' is no directory: {remedy}")
+
+
+def write_json(file: Path | None, content: Any) -> None:
+    """Writes what is shown, for programs, whole or not at all; None is nowhere."""
+    if file is not None:
+        from lora_jax.formats import atomic
+
+        atomic.write(file, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())

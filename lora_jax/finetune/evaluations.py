@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 import lora_jax as lora
 
@@ -61,20 +59,3 @@ class Evaluations:
     def set_state(self, state: Mapping[str, Any]) -> None:
         """As `get_state` gave it."""
         self.last, self.best, self.step = state["last"], state["best"], state["step"]
-
-
-def parts(rows: Mapping[str, np.ndarray], size: int) -> Iterator[dict[str, np.ndarray]]:
-    """Rows as batches of one size; the last is filled up with rows that do not count.
-
-    >>> [part["mask"].tolist() for part in parts({"mask": np.ones((3, 1), bool)}, 2)]
-    [[[True], [True]], [[True], [False]]]
-    """
-    number = len(next(iter(rows.values())))
-    for start in range(0, number, size):
-        places = np.minimum(np.arange(start, start + size), number - 1)
-        part = {name: x[places] for name, x in rows.items()}
-        for name, nothing in (("mask", False), ("labels", -1)):
-            if name in part and start + size > number:
-                part[name] = part[name].copy()
-                part[name][number - start :] = nothing
-        yield part

@@ -9,9 +9,11 @@ import jax
 
 import lora_jax as lora
 from lora_jax.finetune import folder, journal
+from lora_jax.finetune.base import write_labels
 from lora_jax.finetune.figure import draw
 from lora_jax.finetune.prepare import Job, opened
-from lora_jax.formats import peft
+from lora_jax.formats import adapter
+from lora_jax.initial.names import changes_base
 
 
 def export(job: Job, task: Any, frozen: Any, lora_params: Any) -> dict[str, Any]:
@@ -26,18 +28,14 @@ def export(job: Job, task: Any, frozen: Any, lora_params: Any) -> dict[str, Any]
     settings, out = job.settings, Path(job.settings.out)
     if job.placing.whole is not None:
         lora_params = jax.device_put(lora_params, job.placing.whole)
-    inits = {str(getattr(adapter.variant, "init", "")).split("_niter")[0] for adapter in lora_params.values()}
     base = frozen
-    if inits & {"pissa", "olora", "corda", "lora_ga"}:  # they begin as a part of the weights
-        base = opened(settings, job.directory, job.placing, abstract=False)[1]
+    if any(changes_base(getattr(own.variant, "init", None)) for own in lora_params.values()):
+        base = opened(job).params
         lora_params = lora.relative_to(base, frozen, lora_params)
-    if jax.process_index() == 0:
-        lora.save(out / folder.ADAPTER, lora_params, base=base)
-    why = None
-    try:
-        peft.save(out, lora_params, task.names, base=base, base_model_name_or_path=settings.model, task_type=task.peft)
-    except ValueError as error:
-        why = str(error)
+    about = {"base_model_name_or_path": settings.model, "task_type": task.peft}
+    why = adapter.save(out, lora_params, task.names, base=base, fingerprint=lora.fingerprint(base), **about)
+    if job.data.labels:
+        write_labels(out, job.data.labels)
     if (out / folder.LOG).is_file():
         draw(journal.read(out / folder.LOG), out / folder.FIGURE)
     trained = lora.summary(base, lora_params).trained

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import numpy as np
 
 import lora_jax
 from lora_jax.finetune.configuration import as_json, written
+from lora_jax.finetune.rows import Rows
 from lora_jax.finetune.settings import Settings
 from lora_jax.formats import atomic
 
@@ -97,13 +98,16 @@ def check_space(out: str, needed: int) -> None:
         )
 
 
-def digest(rows: Mapping[str, Mapping[str, np.ndarray] | None]) -> str:
+def digest(parts: Iterable[Rows | None]) -> str:
     """A hash of all rows, by which data is known again."""
     found = hashlib.sha256()
-    for part, arrays in rows.items():
-        for name, x in (arrays or {}).items():
-            found.update(f"{part} {name} {x.dtype} {x.shape} ".encode())
-            found.update(np.ascontiguousarray(x).data)
+    for rows in parts:
+        arrays = {} if rows is None else {**rows.columns, "starts": rows.starts, "labels": rows.labels}
+        for name, x in arrays.items():
+            if x is not None:
+                found.update(f"{name} {x.dtype} {x.shape} ".encode())
+                found.update(np.ascontiguousarray(x).data)
+        found.update(b"|")
     return found.hexdigest()
 
 

@@ -13,7 +13,7 @@ import lora_jax as lora
 from lora_jax import training
 from lora_jax.finetune import folder, prepare, report
 from lora_jax.finetune.beginning import BATCHES, begun
-from lora_jax.finetune.evaluations import Evaluations, parts
+from lora_jax.finetune.evaluations import Evaluations
 from lora_jax.finetune.export import export
 from lora_jax.finetune.journal import Diverged, Journal
 from lora_jax.finetune.prepare import Job, Shapes
@@ -46,16 +46,16 @@ def run(settings: Settings, *, dry: bool = False) -> dict[str, Any]:
             folder.clean(settings.out, settings.keep_checkpoints)
             return report.ended(settings, unfinished.done)
     job = prepare.prepare(settings)
-    digest = folder.digest({"train": job.data.train, "test": job.data.test})
+    digest = folder.digest([job.data.train, job.data.test])
     if unfinished:
         folder.check_data(settings.out, digest)
     params, rules = None, job.rules
     if from_data(settings) and not dry:
-        params = prepare.opened(settings, job.directory, job.placing, abstract=False)[1]
+        params = prepare.opened(job).params
         batches = [job.placing.batch(job.batches.batch(i)) for i in range(BATCHES)]
         rules = begun(settings, job.task.loss, params, batches, rules, job.sites)
     shapes = prepare.shapes(job, rules)
-    batch = job.placing.shapes(job.batches.batch(0))
+    batch = job.placing.shapes(prepare.largest(job))
     report.show(job, shapes)
     note("compiling the step ...")
     memory = shapes.programs.memory(shapes.state, job.base, batch)
@@ -64,7 +64,7 @@ def run(settings: Settings, *, dry: bool = False) -> dict[str, Any]:
         return report.show_dry(job, shapes, memory)
     folder.check_space(settings.out, 4 * memory.trained)
     if params is None:
-        params = prepare.opened(settings, job.directory, job.placing, abstract=False)[1]
+        params = prepare.opened(job).params
     frozen, lora_params = lora.split(job.key, params, rules, sites=job.sites)
     del params
     evaluate = _evaluation(job, shapes, frozen)
@@ -94,15 +94,13 @@ def run(settings: Settings, *, dry: bool = False) -> dict[str, Any]:
 
 def _evaluation(job: Job, shapes: Shapes, frozen: Any) -> Any:
     """A function from adapters to what they are like on held-out rows; None where there are none."""
-    if job.data.test is None or not len(job.data.test["input_ids"]):
-        return None
     rows, task = job.data.test, shapes.task
+    if rows is None:
+        return None
 
     def evaluate(lora_params: Any) -> dict[str, float]:
-        batches = (job.placing.batch(part) for part in parts(rows, job.settings.batch))
-        return task.metrics(
-            training.evaluate(getattr(task, "measures", task.loss), frozen, lora_params, batches, weight=task.weight)
-        )
+        batches = (job.placing.batch(part) for part in rows.batches(job.settings.batch))
+        return task.metrics(training.evaluate(task.measures, frozen, lora_params, batches, weight=task.weight))
 
     return evaluate
 

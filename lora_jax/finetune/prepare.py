@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 import lora_jax as lora
-from lora_jax import models, training
+from lora_jax import training
 from lora_jax.finetune import dataset
+from lora_jax.finetune import task as tasks
+from lora_jax.finetune.base import Base, known_labels, open_base
 from lora_jax.finetune.optimizing import optimizer, schedule
 from lora_jax.finetune.placing import Placing, placing
 from lora_jax.finetune.programs import Programs
@@ -39,6 +44,7 @@ class Job(NamedTuple):
       directory: The model's.
       task: The model, with what it minimizes.
       base: The shapes of the model's parameters, with where they lie.
+      tokenizer: The model's.
       data: Rows, and an example.
       batches: Those of the run.
       sites: How the model uses its parameters.
@@ -49,9 +55,10 @@ class Job(NamedTuple):
     """
 
     settings: Settings
-    directory: str
+    directory: Path
     task: Any
     base: Any
+    tokenizer: Tokenizer
     data: dataset.Dataset
     batches: Batches
     sites: Any
@@ -71,43 +78,60 @@ def prepare(settings: Settings) -> Job:
     for name in ("model", "data"):
         if not getattr(settings, name):
             raise ValueError(f"--{name} is missing: give it as a flag, or as {name!r} in --config")
+    if settings.patience and not settings.eval_every:
+        raise ValueError(f"--patience {settings.patience} counts evaluations: say how often, as --eval-every 50")
     variant = variant_of(settings)
     where = placing(settings.mesh, settings.batch, settings.accumulate)
     directory = huggingface.directory_of(settings.model)
     config = read_json(directory / CONFIG)
-    tokenizer = Tokenizer.of(directory, config.get("vocab_size", 0))
-    data = dataset.of(settings, tokenizer)
-    _check_rows(settings, data.train, config)
-    task, base, whole = opened(settings, str(directory), where, abstract=True)
+    kind = settings.task or ("classification" if config.get("model_type") == "bert" else "lm")
+    classes = (known_labels(directory) or ()) if kind == "classification" else ()
+    tokenizer = Tokenizer.of(directory, config.get("vocab_size", 0), settings.chat_template)
+    positions = config.get("max_position_embeddings", config.get("n_positions", 1024))
+    data = dataset.of(settings, tokenizer, kind, positions=positions, classes=classes)
+    if kind == "lm" and not data.counts.counted:
+        raise ValueError(
+            f"--data {settings.data[0]}: no token of it counts for the loss: raise --length, which is {data.length}, or "
+            "correct the data"
+        )
+    if settings.patience and data.test is None:
+        raise ValueError(f"--patience {settings.patience}: nothing is held out: give --eval-share or --eval-data")
+    base = _base(settings, directory, data.labels, abstract=True)
+    shardings = where.base(base.model)
+    base = _base(settings, directory, data.labels, abstract=True, shardings=shardings)
     batches = Batches(data.train, settings.batch, settings.seed)
-    steps = settings.steps or max(1, round(settings.epochs * batches.number / settings.batch))
-    sites = lora.sites(task.loss, base, batches.batch(0))
-    whole = (*whole, *([settings.trains] if settings.trains else []))
+    steps = settings.steps or max(1, round(settings.epochs * len(data.train) / settings.batch))
+    own = tasks.of(_built(settings, where, base.model))
+    sites = lora.sites(own.loss, base.params, batches.batch(0))
+    whole = (*map(re.escape, base.whole), *([settings.trains] if settings.trains else []))
     chosen = rules(settings.targets, variant, sites, whole=whole)
-    return Job(
-        settings,
-        str(directory),
-        task,
-        base,
-        data,
-        batches,
-        sites,
-        chosen,
-        where,
-        steps,
-        jax.random.key(settings.seed),
-    )
+    key = jax.random.key(settings.seed)
+    return Job(settings, directory, own, base.params, tokenizer, data, batches, sites, chosen, where, steps, key)
 
 
-def opened(settings: Settings, directory: str, where: Placing, *, abstract: bool) -> tuple[Any, Any, tuple[str, ...]]:
-    """The task, the parameters or their shapes, and the paths that train whole as the task needs them."""
-    model, _ = models.load(directory, dtype=settings.precision, abstract=True)
-    model, params = models.load(directory, dtype=settings.precision, abstract=abstract, shardings=where.base(model))
+def opened(job: Job) -> Base:
+    """The base with its values, where they belong."""
+    shardings = job.placing.base(job.task.model)
+    return _base(job.settings, job.directory, job.data.labels, shardings=shardings)
+
+
+def largest(job: Job) -> dict[str, np.ndarray]:
+    """A batch as wide as any of the run."""
+    rows = job.data.train
+    return rows.take([int(np.argmax(rows.sizes))] * job.settings.batch)
+
+
+def _base(settings: Settings, directory: Path, labels: tuple[str, ...], **options: Any) -> Base:
+    return open_base(directory, labels=labels or None, dtype=settings.precision, **options)
+
+
+def _built(settings: Settings, where: Placing, model: Any) -> Any:
+    """The model with what its backward pass makes anew, and with where its activations lie."""
     if isinstance(model, Decoder):
-        model = model.clone(remat=REMAT[settings.remat], sharding=where.rows if isinstance(model, Llama) else None)
-    elif settings.remat != "none":
+        return model.clone(remat=REMAT[settings.remat], sharding=where.rows if isinstance(model, Llama) else None)
+    if settings.remat != "none":
         raise ValueError(f"--remat {settings.remat}: it is for decoders, and {type(model).__name__} is none")
-    return LanguageModel(model, models.names(model)), params, ()
+    return model
 
 
 class Shapes(NamedTuple):
@@ -149,7 +173,7 @@ def shapes(job: Job, rules: Any = None) -> Shapes:
         state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
     task = job.task
     if isinstance(task, LanguageModel) and any(path in lora_params for path in HEADS):
-        task = task.__class__(task.model, task.names, recompute=True)
+        task = dataclasses.replace(task, recompute=True)
     step = training.make_step(
         task.loss,
         tx,
@@ -173,18 +197,3 @@ def tokens(batch: Mapping[str, Any]) -> int:
     if "attention_mask" in batch:
         return int(np.count_nonzero(batch["attention_mask"]))
     return math.prod(batch["input_ids"].shape)
-
-
-def _check_rows(settings: Settings, rows: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> None:
-    positions = config.get("max_position_embeddings", config.get("n_positions"))
-    length = rows["input_ids"].shape[1]
-    if positions and length > positions:
-        raise ValueError(
-            f"--length {settings.length}: rows have {length} tokens, and the model has {positions} positions: take "
-            f"--length {positions} or less"
-        )
-    if "mask" in rows and not rows["mask"].any():
-        raise ValueError(
-            f"--data {settings.data[0]}: no token counts for the loss: no completion is left within --length "
-            f"{settings.length}: raise it, or correct the data"
-        )

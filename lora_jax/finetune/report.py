@@ -11,7 +11,8 @@ import numpy as np
 
 import lora_jax as lora
 from lora_jax.finetune import folder
-from lora_jax.finetune.prepare import Job, Shapes, tokens
+from lora_jax.finetune.prepare import Job, Shapes
+from lora_jax.finetune.preview import shown
 from lora_jax.finetune.programs import Memory
 from lora_jax.finetune.settings import Settings
 from lora_jax.finetune.variant import from_data, learning_rate
@@ -23,21 +24,18 @@ WIDTH = 80
 def show(job: Job, shapes: Shapes) -> None:
     """Prints model, data, what is adapted, and how it trains."""
     settings, summary = job.settings, lora.summary(job.base, shapes.lora_params)
-    rows = job.batches.number
-    each = tokens(job.batches.batch(0))
-    held = 0 if job.data.test is None else len(job.data.test["input_ids"])
-    length = job.data.train["input_ids"].shape[1]
-    total = job.steps * settings.batch * length
+    counts, rows = job.data.counts, job.data.counts.rows
+    total = job.steps * settings.batch * counts.tokens / rows
     passes = job.steps * settings.batch / rows
     model = type(getattr(job.task.model, "encoder", job.task.model)).__name__
     parts = f" in {settings.accumulate} parts" if settings.accumulate > 1 else ""
     plus = f", of B {settings.lora_plus_ratio:g} times that" if settings.lora_plus_ratio else ""
     lines = {
         "model": f"{settings.model} ({model}, {quantity(summary.total)} parameters, {_dtypes(job)})",
-        "data": f"{rows:,} rows of {length} tokens to train on, {held:,} held out to evaluate on",
+        "data": _data(job),
         "trains": f"{summary.trained:,} numbers, {summary.share:.2%} of the model's",
-        "steps": f"{job.steps:,} of {settings.batch} rows{parts}, {passes:.3g} passes over the data, up to "
-        f"{quantity(total)} tokens ({each / (settings.batch * length):.0%} of the first step's are no padding)",
+        "steps": f"{job.steps:,} of {settings.batch} rows{parts}: {passes:.3g} passes over the data, "
+        f"{quantity(total)} tokens",
         "optimizer": f"AdamW, learning rate {learning_rate(settings):g} after a warm-up over "
         f"{settings.warmup:.0%} of the steps, then {settings.schedule}{plus}",
     }
@@ -74,14 +72,15 @@ def show_memory(memory: Memory) -> None:
 
 def show_dry(job: Job, shapes: Shapes, memory: Memory) -> dict[str, Any]:
     """Prints an example of the data, and returns the numbers of what was shown."""
-    print(f"example    {job.data.first.where}\n")
+    print("example    " + shown(job.data.first, job.tokenizer, job.data.labels) + "\n")
     print("Nothing was written: leave --dry-run out to train.")
     summary = lora.summary(job.base, shapes.lora_params)
     return {
         "steps": job.steps,
         "parameters": summary.trained,
         "total_parameters": summary.total,
-        "rows": job.batches.number,
+        "data": job.data.counts._asdict(),
+        "eval_data": job.data.test_counts and job.data.test_counts._asdict(),
         "memory": {**memory._asdict(), "total": memory.total},
     }
 
@@ -124,6 +123,25 @@ def size(count: int) -> str:
     ('2.66 MB', '3.69 kB')
     """
     return quantity(count) + "B" if count >= 1000 else f"{count} B"
+
+
+def _data(job: Job) -> str:
+    """What the data comes to."""
+    data, counts, test = job.data, job.data.counts, job.data.test_counts
+    predicted = "" if not counts.counted else f", {quantity(counts.counted)} of them predicted,"
+    text = (
+        f"{counts.examples:,} examples ({data.kind}), {quantity(counts.tokens)} tokens{predicted} in {counts.rows:,} "
+    )
+    text += f"rows of up to {data.length}, {counts.padding:.0%} padding"
+    for number, what in (
+        (counts.cut, "cut"),
+        (counts.dropped, "dropped as they are longer"),
+        (counts.shared, "left out as they are among those held out"),
+    ):
+        text += f"; {number:,} {what}" if number else ""
+    if data.labels:
+        text += f"; classes {', '.join(data.labels)}"
+    return text + (f"; held out: {test.examples:,} in {test.rows:,} rows" if test else "; nothing held out")
 
 
 def _dtypes(job: Job) -> str:

@@ -26,10 +26,34 @@ class Settings:
     data: tuple[str, ...] = _field((), "files", "files to train on: .jsonl, .txt, .csv, .parquet", metavar="FILE")
     out: str = _field("", "files", "the directory that will hold the adapter", metavar="DIR")
 
-    length: int = _field(512, "data", "tokens of a row", least=2)
-    packing: bool = _field(True, "data", "several examples in a row, which do not see each other")
+    task: str | None = _field(
+        None,
+        "data",
+        "lm, to predict text, or classification, to tell labels apart; default: what the model is made for",
+        choices=("lm", "classification"),
+    )
+    columns: dict[str, str] = _field(
+        {}, "data", "which columns are meant, where they have other names: text=body label=stars", metavar="NAME=COLUMN"
+    )
+    chat_template: str | None = _field(
+        None, "data", "a chat template in Jinja, instead of the tokenizer's", metavar="FILE"
+    )
+    length: int | None = _field(
+        None, "data", "tokens of a row; default: 512, or what the model has positions for", least=2
+    )
+    packing: bool | None = _field(
+        None, "data", "several examples in a row, which do not see each other; default: on for lm"
+    )
+    too_long: str = _field(
+        "error",
+        "data",
+        "what becomes of an example longer than a row: error, truncate it, or drop it; plain text is cut into rows",
+        choices=("error", "truncate", "drop"),
+    )
     eval_data: tuple[str, ...] = _field((), "data", "files to evaluate on, instead of a part of --data", metavar="FILE")
-    eval_share: float = _field(0.05, "data", "the share of the data that is held out to evaluate on")
+    eval_share: float = _field(
+        0.05, "data", "the share of the data that is held out to evaluate on; 0 for no evaluation", least=0, below=1
+    )
 
     targets: str = _field(
         "all-linear",

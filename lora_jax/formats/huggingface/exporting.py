@@ -128,7 +128,9 @@ def write(
     copied = others(folder) if folder else []
     kept = _kept(source, tensors) if isinstance(source, Checkpoint) and max_shard_size is None else None
     shards = kept or _shards(tensors, dtype, LARGEST_SHARD if max_shard_size is None else max_shard_size)
-    described = read_json(folder / CONFIG) if config is None and folder else dict(config or {})
+    if config is None:
+        config = source.config if isinstance(source, Checkpoint) else read_json(folder / CONFIG) if folder else {}
+    described = dict(config)
     dtypes = {cast(x.dtype, dtype) for x in tensors.values() if jax.numpy.issubdtype(x.dtype, np.inexact)}
     field = "dtype" if "dtype" in described else "torch_dtype"
     if len(dtypes) == 1 and (dtype is not None or field in described):

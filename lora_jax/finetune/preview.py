@@ -1,0 +1,52 @@
+"""Preview: an example as the model meets it, in which what counts can be told from what does not."""
+
+from __future__ import annotations
+
+import itertools
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+
+from lora_jax.finetune.rendering import Example
+from lora_jax.finetune.tokenizer import Tokenizer
+
+WIDTH = 80  # columns of a terminal
+OPEN, CLOSE = "⟦", "⟧"
+CONTROLS = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"}  # as pictures, which move no cursor
+
+
+def shown(example: Example, tokenizer: Tokenizer, labels: Sequence[str] = (), lines: int = 30) -> str:
+    """An example as text, at most 80 columns wide: where it is from, how many tokens count, and its text.
+
+    Args:
+      example: As of `render`.
+      tokenizer: What made it.
+      labels: The classes, where it has one.
+      lines: The most lines of text; what is between its beginning and its end is left out.
+
+    Returns:
+      Lines. What counts is in ⟦ ⟧; `⏎` is a line break, which is followed by one.
+    """
+    count = f"{len(example.ids)} tokens"
+    if example.label is not None:
+        places = f" of {', '.join(labels)}" if labels else ""
+        head, body = f"{example.where}: {count}, label {example.label}{places}", tokenizer.text(example.ids)
+    else:
+        head = f"{example.where}: {count}, {int(example.mask.sum())} of them predicted, in {OPEN} {CLOSE}"
+        edges = [0, *(np.flatnonzero(np.diff(example.mask)) + 1).tolist(), len(example.ids)]
+        body = ""
+        for start, end in itertools.pairwise(edges):
+            # Decoders take off the space that a text begins with, so what is before goes with it.
+            before, text = tokenizer.text(example.ids[:start]), tokenizer.text(example.ids[:end])
+            text = text[len(before) :] if text.startswith(before) else tokenizer.text(example.ids[start:end])
+            body += OPEN + text + CLOSE if example.mask[start] else text
+    wrapped = [
+        line
+        for paragraph in body.translate(CONTROLS).replace("\n", "⏎\n").split("\n")
+        for line in textwrap.wrap(paragraph, WIDTH - 2, replace_whitespace=False, drop_whitespace=False) or [""]
+    ]
+    if len(wrapped) > lines:
+        half = (lines - 1) // 2
+        wrapped = [*wrapped[: lines - 1 - half], f"... {len(wrapped) - lines + 1} lines ...", *wrapped[-half:]]
+    return "\n".join([*textwrap.wrap(head, WIDTH), *("  " + line.rstrip() for line in wrapped)])
