@@ -5,12 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lora_jax as lora
+from lora_jax import models
 from lora_jax.finetune import prompts
-from lora_jax.finetune.base import for_adapter
+from lora_jax.finetune.base import for_adapter, known_labels
 from lora_jax.finetune.prompts import Prompt
 from lora_jax.finetune.tokenizer import Tokenizer
+from lora_jax.formats import adapter as adapters
+from lora_jax.formats import huggingface
 from lora_jax.models.classifier import Classifier
 from lora_jax.models.decoder import Decoder
 
