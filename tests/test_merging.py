@@ -13,7 +13,6 @@ from checks import all_adaptable, split_at_random
 import lora_jax as lora
 from lora_jax import models, tree
 from lora_jax.formats import huggingface
-from lora_jax.formats.huggingface import rounding
 from lora_jax.models import bert, gpt2, llama
 
 IDS = jnp.array([[1, 5, 9, 2], [3, 3, 7, 0]])
@@ -94,6 +93,9 @@ def test_as_in_memory(base, tmp_path, name, variant):
     huggingface.write(tmp_path / "merged", merged, source=checkpoint)
     _, found = models.load(tmp_path / "merged")
     expected = lora.merge(params, lora_params)
-    d = [(p, np.max(np.abs(np.asarray(a) - np.asarray(b)) / np.spacing(np.abs(np.asarray(b))))) for (p, a), b in zip(tree.flatten(found)[0].items(), jax.tree.leaves(expected))]
+    d = [
+        (p, np.max(np.abs(np.asarray(a) - np.asarray(b)) / np.spacing(np.abs(np.asarray(b)))))
+        for (p, a), b in zip(tree.flatten(found)[0].items(), jax.tree.leaves(expected))
+    ]
     print(variant, name, sorted(d, key=lambda x: -x[1])[:3])
     check_same(found, expected, 1)

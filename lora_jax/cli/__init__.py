@@ -24,7 +24,8 @@ from typing import Any, NoReturn
 
 import lora_jax
 
-COMMANDS = ("sites", "plan", "train", "generate", "demo")  # in the order in which one comes to use them
+# In the order in which one comes to use them.
+COMMANDS = ("sites", "plan", "train", "generate", "info", "merge", "convert", "combine", "extract", "demo")
 DESCRIPTION = """\
 Fine-tune a model with LoRA in JAX, look at what came out, and hand it on.
 A model is a directory as Hugging Face's transformers keeps it, or

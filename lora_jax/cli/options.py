@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 MODEL = "a model's directory, or hf://ORG/NAME to download one"
 ADAPTER = "an adapter: what train wrote, a file of lora_jax.save, or PEFT's folder"
@@ -87,3 +88,50 @@ def write_json(file: Path | None, content: Any) -> None:
         from lora_jax.formats import atomic
 
         atomic.write(file, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+class Weighted(NamedTuple):
+    """An adapter's path, and what its update is multiplied by."""
+
+    path: Path
+    weight: float
+
+
+def weighted(text: str) -> Weighted:
+    """The type of an option that is an adapter, with a weight behind it or without.
+
+    >>> weighted("style=0.5").weight, weighted("lr=1e-3/adapter.safetensors").path.name
+    (0.5, 'adapter.safetensors')
+    """
+    path, sign, number = text.rpartition("=")
+    if not sign or Path(text).exists():
+        return Weighted(Path(text), 1.0)
+    try:
+        weight = float(number)
+    except ValueError:
+        return Weighted(Path(text), 1.0)
+    if not math.isfinite(weight) or not weight:
+        raise argparse.ArgumentTypeError(f"{text!r}: the weight {number} is none: give a finite number other than 0")
+    return Weighted(Path(path), weight)
+
+
+def refuse_existing(path: Path) -> None:
+    """Raises where an output is there already; an empty folder is none."""
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists() or path.is_symlink():
+        raise FileExistsError(f"'{path}' is there already, and nothing is overwritten: move it, or give another name")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"'{path.parent}' is no directory: make it first, or name another place for the output")
+
+
+def megabytes(size: int) -> str:
+    """Bytes for people.
+
+    >>> megabytes(1_234_567), megabytes(2_023_940_464), megabytes(900)
+    ('1.2 MB', '2.02 GB', '0.9 kB')
+    """
+    for unit, name, digits in ((1e9, "GB", 2), (1e6, "MB", 1)):
+        if size >= unit:
+            return f"{size / unit:.{digits}f} {name}"
+    return f"{size / 1e3:.1f} kB"

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_jax.factors import Adapter, LoraParams
+from lora_jax import tree
+from lora_jax.factors import Adapter, LoraParams, check_fits
 from lora_jax.fingerprint import check_base
 from lora_jax.formats import atomic, native, peft
 from lora_jax.formats.names import Names
@@ -86,9 +87,13 @@ def load(
     else:
         from lora_jax.formats import orbax
 
-        lora_params, made_for = orbax.load(path), orbax.base_of(path)
+        lora_params, made_for = orbax.load(path), orbax.found(path)[2]["base"]
     if base is not None and made_for is not None:
         _check(path, made_for, base)
+    try:
+        check_fits(lora_params, tree.flatten(params)[0])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return lora_params
 
 
@@ -171,3 +176,15 @@ def save(
     except ValueError as error:
         return str(error).removeprefix(f"{directory}: ")
     return None
+
+
+def paths(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The leaves that an adapter says it is for; PEFT's names none of ours."""
+    form, path = find(path)
+    if form == "native":
+        return (*native.about(path)[0],)
+    if form == "checkpoints":
+        from lora_jax.formats import orbax
+
+        return (*orbax.found(path)[2]["adapters"],)
+    return ()

@@ -110,11 +110,6 @@ def found(folder: str | os.PathLike[str], step: int | None = None) -> tuple[int,
     return newest
 
 
-def base_of(folder: str | os.PathLike[str], step: int | None = None) -> dict[str, str]:
-    """The fingerprint of the base that a checkpoint's adapters were made for; arguments and errors as of `load`."""
-    return found(folder, step)[2]["base"]
-
-
 def load(folder: str | os.PathLike[str], step: int | None = None) -> LoraParams:
     """The adapters of a checkpoint, without its base or its optimizer state, whole, as NumPy's arrays.
 

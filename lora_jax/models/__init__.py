@@ -13,9 +13,10 @@ from lora_jax.formats.huggingface.directory import CONFIG, read_json
 from lora_jax.models import classifier
 from lora_jax.models.generate import generate
 from lora_jax.models.loading import opened
+from lora_jax.models.stored import Stored
 from lora_jax.models.writing import MODULES, names, save
 
-__all__ = ["MODULES", "generate", "load", "names", "opened", "save"]
+__all__ = ["MODULES", "Stored", "generate", "load", "names", "opened", "save"]
 
 
 def load(

@@ -26,6 +26,7 @@ from lora_jax.formats.huggingface.tensors import write as write_file
 from lora_jax.formats.layouts import arrange
 from lora_jax.formats.names import Names, Place
 
+HEADER = 4  # bytes of headers and index, about, for each of a tensor's name
 LARGEST_SHARD = 5_000_000_000  # bytes, as transformers has it
 
 
@@ -135,7 +136,8 @@ def write(
     field = "dtype" if "dtype" in described else "torch_dtype"
     if len(dtypes) == 1 and (dtype is not None or field in described):
         described[field] = str(*dtypes)
-    with atomic.directory(directory) as new:
+    sizes = [math.prod(x.shape) * cast(x.dtype, dtype).itemsize + HEADER * len(name) for name, x in tensors.items()]
+    with atomic.directory(directory, sum(sizes) + sum(file.stat().st_size for file in copied)) as new:
         for name, shard in shards.items():
             write_file(new / name, shard, dtype)
         if [*shards] != [WEIGHTS]:

@@ -17,7 +17,7 @@ from lora_jax import tree
 from lora_jax.axes import Axes, Axis, size_of
 from lora_jax.contract import wider
 from lora_jax.factored import Factored, is_factored
-from lora_jax.factors import Adapter, together
+from lora_jax.factors import Adapter, check_fits, together
 from lora_jax.formats.huggingface import rounding
 from lora_jax.formats.huggingface.checkpoint import Checkpoint
 from lora_jax.formats.huggingface.filling import part_dimension, read_entry, stacked, twins, verified
@@ -78,7 +78,7 @@ def merge(
     leaves, _ = tree.flatten(params)
     places = verified(params, checkpoint, names, dtype)
     adapters = {path: _on_host(adapter) for path, adapter in together(lora_params).items()}
-    _check(adapters, leaves)
+    check_fits(lora_params, leaves)
     parts: dict[str, list[tuple[str, Place, Dims]]] = {}
     for path, place in places.items():
         for index, name in place.tensors.items():
@@ -204,16 +204,6 @@ def _at(path: str, adapter: Adapter, place: Place, index: Dims) -> Adapter:
 
 def _on_host(adapter: Adapter) -> Adapter:
     return dataclasses.replace(adapter, factors={name: np.asarray(x) for name, x in adapter.factors.items()})
-
-
-def _check(adapters: Mapping[str, Adapter], leaves: Mapping[str, Any]) -> None:
-    """Raises where an adapter is for another model."""
-    for path, adapter in adapters.items():
-        if path not in leaves:
-            raise ValueError(f"the adapter is for '{path}', which the model does not have{tree.close_to(path, leaves)}")
-        if tuple(leaves[path].shape) != adapter.site.shape:
-            found = f"{adapter.site.shape}, and the model has {tuple(leaves[path].shape)} there"
-            raise ValueError(f"'{path}': the adapter is for a leaf of shape {found}: give the model it was made for")
 
 
 def _not_finite(path: str, name: str, base: bool) -> str:

@@ -39,7 +39,8 @@ class Loss(NamedTuple):
 
 def total(losses: Iterable[Loss], name: str = "") -> Loss:
     """All of these as one."""
-    return Loss(name, *(sum(column) for column in zip(*(loss[1:] for loss in losses), strict=True)))
+    columns = [*zip(*(loss[1:] for loss in losses), strict=True)] or [()] * 4
+    return Loss(name, *map(sum, columns))
 
 
 def loss_of(name: str, exact: np.ndarray, base: np.ndarray, rounded: np.ndarray) -> Loss:
