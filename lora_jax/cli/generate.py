@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -95,9 +96,13 @@ def _shown(number: int, of: int, prompt: str, found: dict[str, Any], width: int)
             widest = max(len(label) for label, _ in ranked)
             lines += [f"  {_plain(label):{widest}}  {probability:6.1%}" for label, probability in ranked]
         else:
-            lines += _wrapped(answer.text, width, "  ")
+            lines += _wrapped(re.sub(r"\n{4,}", _counted, answer.text.removeprefix(" ")), width, "  ")
         lines.append("")
     return lines
+
+
+def _counted(run: re.Match[str]) -> str:
+    return f"\n\n[{len(run[0]) - 1} empty lines]\n\n"
 
 
 def _wrapped(text: str, width: int, indent: str = "") -> list[str]:

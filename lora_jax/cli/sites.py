@@ -29,16 +29,14 @@ A pattern is a regular expression that matches a path as a whole. What is
 neither linear nor an embedding trains whole, by --variant Full or --trains.
 """
 SUBJECT = "--model"
-PATH, SHAPE = 46, 18  # columns, with 12 more for a number and two between them: 80
+PATH, SHAPE, NUMBER = 47, 18, 11  # columns, of 80 with two between each
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     option = parser.add_argument
     option("--model", metavar="DIR", required=True, help=MODEL)
-    option(
-        "--targets", metavar="WHICH", help="all-linear, attention, or a regex of paths: what it takes (default: all)"
-    )
+    option("--targets", metavar="WHICH", help="all-linear, attention, or a regex of paths (default: every leaf)")
     option("--rank", metavar="N", type=whole(1), default=8, help="of the adapters (default: %(default)s)")
     add_json(parser)
 
@@ -64,10 +62,12 @@ def run(arguments: argparse.Namespace) -> None:
 def _lines(entries: Sequence[Any], total: int, rank: int, targets: str | None) -> list[str]:
     """The table, and what presets take."""
     lines = [_line("path", "in→out", f"rank {rank}"), _line("  its module", "kind, and presets"), "─" * 80]
-    for entry in sorted(entries, key=lambda entry: not entry.site.adaptable):
-        number = f"{entry.adapter:,}" if entry.adapter is not None else "–"
-        lines += [_line(entry.path, entry.shape, number)]
-        lines += [_line(f"  {entry.module}", ", ".join((_kind(entry), *entry.presets)))]
+    for entry in (entry for entry in entries if entry.site.adaptable):
+        number = f"{entry.adapter:,}" if entry.adapter is not None else f"{entry.site.max_rank} at most"
+        lines.append(_line(entry.path, entry.shape, number))
+        lines.append(_line(f"  {entry.module}", ", ".join((entry.site.kind, *entry.presets))))
+    if others := [entry for entry in entries if not entry.site.adaptable]:
+        lines += ["", "These train whole, or not at all:", *(_line(entry.path, entry.shape) for entry in others)]
     lines.append("─" * 80)
     for preset in dict.fromkeys(preset for entry in entries for preset in entry.presets) if targets is None else ():
         lines.append(_sum(f"--targets {preset}", [entry for entry in entries if preset in entry.presets], total))
@@ -80,11 +80,7 @@ def _line(first: str, second: str, third: str = "") -> str:
     """A line of the table; a path that is too long has one to itself."""
     if len(first) > PATH:
         return first + "\n" + _line("", second, third)
-    return f"{first:{PATH}}  {second:{SHAPE}}  {third:>12}".rstrip()
-
-
-def _kind(entry: Any) -> str:
-    return entry.site.kind if entry.site.adaptable else "trains whole alone" if entry.site.kind == "other" else "unused"
+    return f"{first:{PATH}}  {second:{SHAPE}}  {third:>{NUMBER}}".rstrip()
 
 
 def _sum(what: str, entries: Sequence[Any], total: int) -> str:
