@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from lora_jax.finetune import documents
 from lora_jax.finetune.chat import Template
 from lora_jax.formats.huggingface.directory import CONFIG, read_json
 
@@ -106,7 +107,12 @@ class Tokenizer:
 
     def ids(self, texts: Sequence[str], where: Sequence[str]) -> list[np.ndarray]:
         """Tokens of texts, int32, with those that the tokenizer sets around a text; faster than `encode`."""
-        found = [np.array(x.ids, np.int32) for x in self.fast.encode_batch_fast(texts)]
+        short = [text for text in texts if len(text) <= documents.PART]
+        encoded = iter(self.fast.encode_batch_fast(short))
+        found = [
+            np.array(next(encoded).ids, np.int32) if len(text) <= documents.PART else documents.encode(self.fast, text)
+            for text in texts
+        ]
         self.check(found, where)
         return found
 
