@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 
 import jax
 
+from lora_jax import tree
 from lora_jax.sites import Site
 from lora_jax.variants.base import SHARED, Variant
 
@@ -66,6 +67,28 @@ def together(lora_params: Mapping[str, Adapter]) -> LoraParams:
             adapter = dataclasses.replace(adapter, factors={**lora_params[pool].factors, **adapter.factors})
         joined[path] = adapter
     return joined
+
+
+def check_fits(lora_params: Mapping[str, Adapter], leaves: Mapping[str, Any]) -> None:
+    """Checks that a model has the leaves of adapters.
+
+    Args:
+      lora_params: The adapters.
+      leaves: The model's arrays, or their shapes, by path.
+
+    Raises:
+      ValueError: It lacks some, or has them in other shapes; the message names the first, and says how many.
+    """
+    own = {path: tuple(a.site.shape) for path, a in lora_params.items() if a.site.kind != SHARED}
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    odd = [path for path, shape in own.items() if shapes.get(path) != shape]
+    if odd:
+        path = odd[0]
+        what = f"has {shapes[path]} there" if path in shapes else f"has no such leaf{tree.close_to(path, shapes)}"
+        raise ValueError(
+            f"{len(odd)} of the adapter's {len(own)} leaves do not fit this model, the first '{path}' {own[path]}: the "
+            f"model {what}: give the model that the adapter was made for"
+        )
 
 
 def shared(variant: Variant, factors: Mapping[str, Any]) -> LoraParams:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -52,8 +52,23 @@ def fingerprint(params: Any) -> dict[str, str]:
         if spread.any():
             parts = multihost_utils.process_allgather(sums)
             sums = np.where(spread, np.asarray(parts).sum(0, dtype=np.uint32), sums)
-    forms = (f"{leaf.dtype.name}[{','.join(map(str, leaf.shape))}]" for leaf in leaves.values())
-    return {path: f"{form} {found:08x}" for path, form, found in zip(leaves, forms, sums.tolist(), strict=True)}
+    pairs = zip(leaves.items(), sums.tolist(), strict=True)
+    return {path: _spelled(leaf.dtype, leaf.shape, found) for (path, leaf), found in pairs}
+
+
+def fingerprint_of(dtype: Any, shape: tuple[int, ...], read: Callable[[np.ndarray], np.ndarray]) -> str:
+    """What `fingerprint` says of an array that is elsewhere.
+
+    Args:
+      dtype: Its dtype.
+      shape: Its shape.
+      read: The entries at positions of it, which are counted as it lies in C order.
+
+    >>> fingerprint_of(np.dtype("float32"), (4,), np.zeros(4, np.float32).take)
+    'float32[4] a2888613'
+    """
+    positions = _positions(math.prod(shape))
+    return _spelled(dtype, shape, _sum((positions, read(positions))) % 2**32)
 
 
 def check_base(what: str, expected: Mapping[str, str], found: Mapping[str, str]) -> None:
@@ -88,6 +103,10 @@ def check_base(what: str, expected: Mapping[str, str], found: Mapping[str, str])
         f"{what}: made for another base, from which this one differs in {len(differing)} of {len(paths)} leaves. "
         f"The first is {path!r}: {cause}. To go on, {remedy}"
     )
+
+
+def _spelled(dtype: Any, shape: tuple[int, ...], found: int) -> str:
+    return f"{dtype.name}[{','.join(map(str, shape))}] {found:08x}"
 
 
 def _has_bits(leaf: Any) -> bool:

@@ -11,12 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from jax import lax
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from lora_jax import tree
 from lora_jax.formats.layouts import restore
 from lora_jax.formats.names import Names, locate
-from lora_jax.models import gpt2, llama
+from lora_jax.models import bert, classifier, gpt2, llama
 
 
 class Model(NamedTuple):
@@ -187,6 +194,14 @@ def model(name: str) -> Model:
         config = GPT2Config(vocab_size=48, n_embd=24, n_layer=2, n_head=4, n_positions=16, attn_implementation="eager")
         ours = gpt2.GPT2(gpt2.Config(48, 24, 2, 4, max_position_embeddings=16))
         return _decoder(GPT2LMHeadModel(config), ours, gpt2.NAMES, tokens)
+    if name == "bert classifier":
+        sizes = {
+            "vocab_size": 48, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "max_position_embeddings": 16,
+        }  # fmt: skip
+        theirs = BertForSequenceClassification(BertConfig(**sizes, num_labels=3, attn_implementation="eager"))
+        ours = classifier.Classifier(bert.Config(**sizes), labels=("a", "b", "c"))
+        return _decoder(theirs, ours, classifier.NAMES, tokens)
     made = {
         "conv": (Convolutions, convolutions, (4, 4, 8, 8)),
         "moe": (Mixture, mixture, (5, 6)),

@@ -94,6 +94,10 @@ def cases() -> dict[str, Case]:
         "modules_to_save alone": Case("gpt2", {r".*/last_norm/.*": FULL}),
         "biases of adapted layers": Case("gpt2", {r".*/qkv/bias": FULL, r".*/qkv/kernel": four}),
         "biases": Case("gpt2", {r".*/(up|attention_norm)/bias": FULL, r".*/qkv/kernel": four}),
+        "classifier": Case("bert classifier", {r".*/(head|pooler)/.*": FULL, r".*/(query|value|up)/kernel": four}),
+        "classifier, SEQ_CLS": Case(
+            "bert classifier", {r".*/head/.*": FULL, r".*/query/kernel": four}, {"task_type": "SEQ_CLS"}
+        ),
         "experts": Case("moe", {"router/kernel": lora.LoRA(2, 3), "(gate|up|down)/kernel": each}),
         "experts, one parameter": Case("moe", {"down/kernel": each}),
         "experts, is_transposed": Case("transposed moe", {"(gate|up|down)/kernel": each}),

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
+import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+MODEL = "a model's directory, or hf://ORG/NAME to download one"
+ADAPTER = "an adapter: what train wrote, a file of lora_jax.save, or PEFT's folder"
 
 
 def whole(least: int) -> Callable[[str], int]:
@@ -22,6 +29,26 @@ def whole(least: int) -> Callable[[str], int]:
     return parse
 
 
+def positive(most: float | None = None) -> Callable[[str], float]:
+    """The type of an option that is a number above 0, `most` or less.
+
+    >>> positive(1)("0.9")
+    0.9
+    """
+    words = "a number above 0" + ("" if most is None else f" and up to {most:g}")
+
+    def parse(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = 0.0
+        if not 0 < number < float("inf") or (most is not None and number > most):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
+        return number
+
+    return parse
+
+
 def need(modules: set[str], extra: str) -> None:
     """Raises where modules of an extra are missing.
 
@@ -32,3 +59,79 @@ def need(modules: set[str], extra: str) -> None:
     missing = sorted(name for name in modules if importlib.util.find_spec(name) is None)
     if missing:
         raise ModuleNotFoundError(f"{', '.join(missing)} not installed: pip install 'lora-jax[{extra}]'")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Adds `--json FILE`."""
+    parser.add_argument("--json", metavar="FILE", type=Path, help="what is shown, for programs, into a new file")
+
+
+def check_new(file: Path | None) -> None:
+    """Raises where a file that is to be written is there, or cannot be; None is none.
+
+    >>> check_new(Path("no/such/folder/found.json"))
+    Traceback (most recent call last):
+    FileNotFoundError: 'no/such/folder' is no directory: make it first, or name another file than 'found.json' in it
+    """
+    if file is None:
+        return
+    if file.exists():
+        raise FileExistsError(f"'{file}' is there already, and nothing is overwritten: move it, or give another name")
+    if not file.parent.is_dir():
+        remedy = f"make it first, or name another file than '{file.name}' in it"
+        raise FileNotFoundError(f"'{file.parent}' is no directory: {remedy}")
+
+
+def write_json(file: Path | None, content: Any) -> None:
+    """Writes what is shown, for programs, whole or not at all; None is nowhere."""
+    if file is not None:
+        from lora_jax.formats import atomic
+
+        atomic.write(file, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+class Weighted(NamedTuple):
+    """An adapter's path, and what its update is multiplied by."""
+
+    path: Path
+    weight: float
+
+
+def weighted(text: str) -> Weighted:
+    """The type of an option that is an adapter, with a weight behind it or without.
+
+    >>> weighted("style=0.5").weight, weighted("lr=1e-3/adapter.safetensors").path.name
+    (0.5, 'adapter.safetensors')
+    """
+    path, sign, number = text.rpartition("=")
+    if not sign or Path(text).exists():
+        return Weighted(Path(text), 1.0)
+    try:
+        weight = float(number)
+    except ValueError:
+        return Weighted(Path(text), 1.0)
+    if not math.isfinite(weight) or not weight:
+        raise argparse.ArgumentTypeError(f"{text!r}: the weight {number} is none: give a finite number other than 0")
+    return Weighted(Path(path), weight)
+
+
+def refuse_existing(path: Path) -> None:
+    """Raises where an output is there already; an empty folder is none."""
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists() or path.is_symlink():
+        raise FileExistsError(f"'{path}' is there already, and nothing is overwritten: move it, or give another name")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"'{path.parent}' is no directory: make it first, or name another place for the output")
+
+
+def megabytes(size: int) -> str:
+    """Bytes for people.
+
+    >>> megabytes(1_234_567), megabytes(2_023_940_464), megabytes(900)
+    ('1.2 MB', '2.02 GB', '0.9 kB')
+    """
+    for unit, name, digits in ((1e9, "GB", 2), (1e6, "MB", 1)):
+        if size >= unit:
+            return f"{size / unit:.{digits}f} {name}"
+    return f"{size / 1e3:.1f} kB"

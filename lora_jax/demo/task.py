@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from lora_jax.demo.batches import Batch, Bucket
+from lora_jax.models.bert import Bert
 from lora_jax.models.classifier import Classifier, mean_pool
 
 
@@ -30,7 +31,7 @@ class Task(NamedTuple):
     def features(self, params: Any, batch: Batch) -> jax.Array:
         """What the head sees: the mean of the encoder's hidden states, [B, D]."""
         encoder, mask = {"params": params["params"]["encoder"]}, batch["attention_mask"]
-        hidden: Any = self.model.encoder.apply(encoder, batch["input_ids"], mask)
+        hidden: Any = Bert(self.model.config).apply(encoder, batch["input_ids"], mask)
         return mean_pool(hidden, mask)
 
     def loss(self, params: Any, batch: Batch) -> jax.Array:

@@ -63,11 +63,12 @@ def write(path: str | os.PathLike[str], content: bytes) -> Path:
 
 
 @contextlib.contextmanager
-def directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+def directory(path: str | os.PathLike[str], size: int = 0) -> Iterator[Path]:
     """A directory to fill, beside the one of that name, which it becomes in the end.
 
     Args:
       path: The directory; one that is there must be empty.
+      size: How many bytes it will hold: where the disk has less, that is said at once.
 
     Raises:
       OSError: It cannot be written, as in `write`, or holds something. Where anything is raised, nothing is left.
@@ -85,6 +86,7 @@ def directory(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise FileExistsError(errno.EEXIST, "it is there, and holds something")
         temporary.mkdir()
         try:
+            _check_space(temporary, size)
             yield temporary
             for file in temporary.iterdir():
                 keep(file)
@@ -96,6 +98,14 @@ def directory(path: str | os.PathLike[str]) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         keep(path.parent)
+
+
+def _check_space(folder: Path, size: int) -> None:
+    """Raises where a folder's disk has less than this free, if it says how much it has."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        cause = f"it takes {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free"
+        raise OSError(errno.ENOSPC, cause)
 
 
 def _beside(path: str | os.PathLike[str]) -> Path:

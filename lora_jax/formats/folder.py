@@ -100,6 +100,16 @@ def before_exit(close: Callable[[], Callable[[], None] | None]) -> None:
     getattr(threading, "_register_atexit", atexit.register)(lambda: (alive := close()) and alive())
 
 
+def found(folder: str | os.PathLike[str], step: int | None = None) -> tuple[int, Path, dict[str, Any]]:
+    """A checkpoint: its step, its folder, and its manifest; the arguments and errors are those of `load`."""
+    folder = Path(folder).absolute()
+    newest = manifest.newest(folder) if step is None else manifest.at(folder, step)
+    if newest is None:
+        inside = f", but it is one itself: give {folder.parent}" if (folder / manifest.NAME).exists() else ""
+        raise FileNotFoundError(f"{folder}: no checkpoint is there{inside}")
+    return newest
+
+
 def load(folder: str | os.PathLike[str], step: int | None = None) -> LoraParams:
     """The adapters of a checkpoint, without its base or its optimizer state, whole, as NumPy's arrays.
 
@@ -111,12 +121,7 @@ def load(folder: str | os.PathLike[str], step: int | None = None) -> LoraParams:
       FileNotFoundError: There is no such checkpoint.
       ValueError: It is damaged, or of a later version.
     """
-    folder = Path(folder).absolute()
-    found = manifest.newest(folder) if step is None else manifest.at(folder, step)
-    if found is None:
-        inside = f", but it is one itself: give {folder.parent}" if (folder / manifest.NAME).exists() else ""
-        raise FileNotFoundError(f"{folder}: no checkpoint is there{inside}")
-    _, place, about = found
+    _, place, about = found(folder, step)
     shapes = {n: jax.ShapeDtypeStruct(shape, dtype) for n, (dtype, shape) in about["arrays"]["adapter"].items()}
     this = jax.process_index()  # of several processes, one may read by itself
     own = ocp.options.MultiprocessingOptions(

@@ -99,7 +99,7 @@ def load(path: str | os.PathLike[str], base: Any = None) -> LoraParams:
     path = Path(path)
     try:
         text, content = _read(path)
-        adapters, made_for = _parsed(text)
+        adapters, made_for, _ = _parsed(text)
         arrays = _arrays(content)
         if missing := [name for name in jax.tree.leaves(adapters) if name not in arrays]:
             raise ValueError(f"it lacks {missing[0]!r} and {len(missing) - 1} others of the factors that it describes")
@@ -113,6 +113,22 @@ def load(path: str | os.PathLike[str], base: Any = None) -> LoraParams:
     if found is not None and made_for is not None:
         check_base(str(path), made_for, found)
     return lora_params
+
+
+def about(path: str | os.PathLike[str]) -> tuple[LoraParams, dict[str, str] | None, str]:
+    """What an adapter file's header says, without its tensors: adapters, the base's fingerprint, and who wrote it.
+
+    Each factor of the adapters is the name of its tensor.
+
+    Raises:
+      OSError: As `load`.
+      ValueError: As `load`, of what the header says.
+    """
+    path = Path(path)
+    try:
+        return _parsed(_read(path)[0])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _check_factors(lora_params: Mapping[str, Adapter]) -> None:
@@ -187,8 +203,8 @@ def _read(path: Path) -> tuple[str, bytes]:
         return metadata["lora_jax"], file.read()
 
 
-def _parsed(text: str) -> tuple[LoraParams, dict[str, str] | None]:
-    """The adapters that a file describes, with names as factors, and the fingerprint of the base they were made for."""
+def _parsed(text: str) -> tuple[LoraParams, dict[str, str] | None, str]:
+    """What `about` returns."""
     described = _json(text, "metadata")
     version = described.get("format") if isinstance(described, dict) else None
     if type(version) is not int or version < 1:
@@ -202,7 +218,7 @@ def _parsed(text: str) -> tuple[LoraParams, dict[str, str] | None]:
     base, wrote = described.get("base", {}), described.get("lora_jax", "")
     if not isinstance(wrote, str) or not isinstance(base, dict) or not all(isinstance(x, str) for x in base.values()):
         raise ValueError("its metadata is damaged (a version or a fingerprint that is none): copy or save it again")
-    return restore(described["adapters"]), base or None
+    return restore(described["adapters"]), base or None, wrote
 
 
 def _arrays(content: bytes) -> dict[str, jax.Array]:

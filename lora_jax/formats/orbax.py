@@ -20,6 +20,7 @@ from lora_jax.factors import LoraParams
 from lora_jax.fingerprint import check_base, fingerprint
 from lora_jax.formats import manifest
 from lora_jax.formats.folder import before_exit, clear, not_written, opened
+from lora_jax.formats.folder import found as found
 from lora_jax.formats.folder import load as load
 from lora_jax.formats.parts import Parts, adapters_of, check_finite, copied, placed, take_apart, templates
 from lora_jax.placement import on_mesh

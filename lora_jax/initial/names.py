@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 from lora_jax.initial.olora import OLoRA
 from lora_jax.initial.orthogonal import Orthogonal
@@ -30,3 +31,14 @@ def named(name: str) -> Initialization | None:
     if match := re.fullmatch(r"pissa_niter_(\d+)", name):
         return PiSSA(iterations=int(match[1]))
     return NAMED[name]() if name in NAMED else None
+
+
+def changes_base(init: Any) -> bool:
+    """Whether factors that began in a way of this name are a part of the base, which then has it less.
+
+    >>> changes_base("pissa"), changes_base("eva"), changes_base("normal"), changes_base(None)
+    (True, False, False, False)
+    """
+    if init in FROM_DATA:
+        return init != "eva"
+    return isinstance(init, str) and named(init) is not None

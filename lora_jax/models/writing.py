@@ -10,7 +10,10 @@ from typing import Any
 from flax import linen as nn
 
 from lora_jax.formats import huggingface
+from lora_jax.formats.huggingface.directory import CONFIG, read_json
 from lora_jax.formats.names import Names
+from lora_jax.models.bert import Bert
+from lora_jax.models.classifier import Classifier, described
 from lora_jax.models.families import FAMILIES, FIXED
 from lora_jax.models.gpt2 import WORDS
 
@@ -53,8 +56,12 @@ def save(directory: str | Path, model: nn.Module, params: Any, **options: Any) -
     >>> models.load(models.save(f"{tempfile.mkdtemp()}/tiny", model, params))[0].config == model.config
     True
     """
-    if options.get("source") is None and options.get("config") is None:
+    source = options.get("source")
+    if options.get("config") is None and (source is None or isinstance(model, Classifier)):
         options["config"] = config_of(model)
+        if source is not None:  # which may be that of the encoder alone
+            folder = source.directory if isinstance(source, huggingface.Checkpoint) else Path(source)
+            options["config"] = {**read_json(folder / CONFIG), **described(model.labels)}
     return huggingface.save(directory, params, names(model), **options)
 
 
@@ -78,6 +85,12 @@ def config_of(model: Any) -> dict[str, Any]:
     >>> [config_of(GPT2(Config(100, 8, 1, 2)))[name] for name in ("model_type", "n_embd")]
     ['gpt2', 8]
     """
+    if isinstance(model, Classifier):
+        if not model.config.pooler:
+            raise ValueError(
+                "transformers has no classifier of the mean over tokens: make one with models.load(labels=...)"
+            )
+        return {**config_of(Bert(model.config)), **described(model.labels)}
     file = type(model).__module__.rpartition(".")[2]
     for kind in (kind for kind, name in MODULES.items() if name == file):
         content = {"model_type": kind, "architectures": [CLASSES[kind]], **_fields(model.config, kind)}

@@ -8,20 +8,27 @@ A model brings a few short lists (see `lora_jax.models.bert`), and this package 
 """
 
 from lora_jax.formats.huggingface.checkpoint import Checkpoint, open_checkpoint
+from lora_jax.formats.huggingface.deferred import deferred, fingerprint
 from lora_jax.formats.huggingface.directory import directory_of, download
 from lora_jax.formats.huggingface.exporting import export, save, write
 from lora_jax.formats.huggingface.filling import fill, outline
+from lora_jax.formats.huggingface.merging import merge
+from lora_jax.formats.huggingface.rounding import Loss
 from lora_jax.formats.huggingface.tensors import CheckpointError, Lazy, Tensor
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Lazy",
+    "Loss",
     "Tensor",
+    "deferred",
     "directory_of",
     "download",
     "export",
     "fill",
+    "fingerprint",
+    "merge",
     "open_checkpoint",
     "outline",
     "save",

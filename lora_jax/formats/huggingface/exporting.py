@@ -26,6 +26,7 @@ from lora_jax.formats.huggingface.tensors import write as write_file
 from lora_jax.formats.layouts import arrange
 from lora_jax.formats.names import Names, Place
 
+HEADER = 4  # bytes of headers and index, about, for each of a tensor's name
 LARGEST_SHARD = 5_000_000_000  # bytes, as transformers has it
 
 
@@ -128,12 +129,15 @@ def write(
     copied = others(folder) if folder else []
     kept = _kept(source, tensors) if isinstance(source, Checkpoint) and max_shard_size is None else None
     shards = kept or _shards(tensors, dtype, LARGEST_SHARD if max_shard_size is None else max_shard_size)
-    described = read_json(folder / CONFIG) if config is None and folder else dict(config or {})
+    if config is None:
+        config = source.config if isinstance(source, Checkpoint) else read_json(folder / CONFIG) if folder else {}
+    described = dict(config)
     dtypes = {cast(x.dtype, dtype) for x in tensors.values() if jax.numpy.issubdtype(x.dtype, np.inexact)}
     field = "dtype" if "dtype" in described else "torch_dtype"
     if len(dtypes) == 1 and (dtype is not None or field in described):
         described[field] = str(*dtypes)
-    with atomic.directory(directory) as new:
+    sizes = [math.prod(x.shape) * cast(x.dtype, dtype).itemsize + HEADER * len(name) for name, x in tensors.items()]
+    with atomic.directory(directory, sum(sizes) + sum(file.stat().st_size for file in copied)) as new:
         for name, shard in shards.items():
             write_file(new / name, shard, dtype)
         if [*shards] != [WEIGHTS]:

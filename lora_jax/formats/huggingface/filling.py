@@ -68,7 +68,7 @@ def fill(
     filled: dict[str, Any] = dict.fromkeys(leaves)
     for tensor, path, index in sorted(uses, key=lambda use: (use[0].file, use[0].start)):
         place = places[path]
-        x = _read(tensor, place, jnp.dtype(dtype or tensor.dtype))
+        x = read_entry(tensor, place, jnp.dtype(dtype or tensor.dtype))
         done = slices.put(filled[path], x, stacked(place), index, place.shape, where[path])
         filled[path] = jax.block_until_ready(done)  # else several would be on their way, and in memory
         del x, done
@@ -91,6 +91,18 @@ def outline(
         return jax.ShapeDtypeStruct(leaves[path].shape, dtype or stored, sharding=where[path])
 
     return tree.unflatten(treedef, {path: shape(path) for path in leaves})
+
+
+def verified(params: Any, checkpoint: Checkpoint, names: Names, dtype: DTypeLike | None = None) -> dict[str, Place]:
+    """Where each leaf is in a checkpoint, with all that `fill` checks checked.
+
+    Raises:
+      CheckpointError: As `fill`.
+      ValueError: As `fill`.
+    """
+    _, _, places, _, ties = _fitting(params, checkpoint, names, dtype, None)
+    _check_ties(checkpoint, ties)
+    return places
 
 
 def located(leaves: Mapping[str, Any], names: Names) -> dict[str, Place]:
@@ -176,7 +188,7 @@ def _check_ties(checkpoint: Checkpoint, ties: list[tuple[Tensor, Tensor]]) -> No
     raise_if(untied, f"'{checkpoint.directory}' holds different weights for what the model has once; {remedy}")
 
 
-def _read(tensor: Tensor, place: Place, dtype: np.dtype[Any]) -> np.ndarray:
+def read_entry(tensor: Tensor, place: Place, dtype: np.dtype[Any]) -> np.ndarray:
     """A leaf's entry of a tensor, as we have it: read by rows, so that memory holds it once."""
     if not tensor.shape:
         return np.asarray(tensor, dtype)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +64,29 @@ class Tensor:
           CheckpointError: The file has not as many bytes any more, or cannot be read.
         """
         rows = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        self._fill([(start * math.prod(self.shape[1:]), rows)])
+        return rows
+
+    def entries(self, positions: np.ndarray) -> np.ndarray:
+        """Some of its entries, by their positions in C order; nothing else is read.
+
+        Raises:
+          CheckpointError: As `rows`.
+        """
+        found = np.empty(len(positions), self.dtype)
+        self._fill([(int(position), found[i : i + 1]) for i, position in enumerate(positions)])
+        return found
+
+    def _fill(self, parts: Iterable[tuple[int, np.ndarray]]) -> None:
+        """Reads arrays, each from the entry on that is named before it."""
         try:
             with open(self.file, "rb") as stream:
-                stream.seek(self.start + start * math.prod(self.shape[1:]) * self.dtype.itemsize)
-                whole = stream.readinto(_bytes(rows)) == rows.nbytes
+                for position, x in parts:
+                    stream.seek(self.start + position * x.itemsize)
+                    if stream.readinto(_bytes(x)) != x.nbytes:
+                        raise CheckpointError(f"'{self.file}' has changed since it was opened: load it again")
         except OSError as error:
             raise CheckpointError(f"'{self.file}' cannot be read ({error.strerror}): copy it again") from error
-        if not whole:
-            raise CheckpointError(f"'{self.file}' has changed since it was opened: load it again")
-        return rows
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         whole = self if self.shape else dataclasses.replace(self, shape=(1,))

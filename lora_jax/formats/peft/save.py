@@ -25,7 +25,7 @@ from lora_jax.formats.peft.folder import PREFIX, sealed, write
 from lora_jax.formats.peft.fused import fuse
 from lora_jax.formats.peft.modules import Module, cut
 from lora_jax.formats.peft.targeting import saved
-from lora_jax.initial.names import FROM_DATA, named
+from lora_jax.initial.names import changes_base
 from lora_jax.variants import Full, LoRA, LoRAXS
 from lora_jax.variants.base import SHARED
 
@@ -157,7 +157,7 @@ def _modules(lora_params: Mapping[str, Adapter], places: Mapping[str, Place]) ->
 def _plain(adapter: Adapter) -> Adapter:
     """An adapter of a variant that PEFT has, for the base as it was."""
     variant: Any = adapter.variant
-    if isinstance(variant, LoRA) and _changes_base(variant.init):
+    if isinstance(variant, LoRA) and changes_base(variant.init):
         raise ValueError(
             f"init={variant.init!r} took a part of the base into the factors, and PEFT has the whole base: save what "
             "`relative_to(params, frozen, lora_params)` returns"
@@ -171,10 +171,3 @@ def _plain(adapter: Adapter) -> Adapter:
     a = (flat @ wide["R"]).reshape(wide["A"].shape).astype(factors["A"].dtype)
     lora = LoRA(variant.rank, variant.alpha, dtype=variant.dtype, dropout=variant.dropout)
     return dataclasses.replace(adapter, factors={"A": a, "B": factors["B"]}, variant=lora)
-
-
-def _changes_base(init: Any) -> bool:
-    """Whether factors that began in a way of this name are a part of the base, which then has it less."""
-    if init in FROM_DATA:
-        return init != "eva"
-    return isinstance(init, str) and named(init) is not None

@@ -17,6 +17,16 @@ ALL_LINEAR = "all-linear"
 _TENSOR = re.compile(r"(.+)\.(?:lora|vera_lambda|hada|lokr|ia3)_\w+(?:\.\w+)*")
 
 
+def module_of(name: str) -> str | None:
+    """The module that a tensor's name says is adapted; None for one that a file has as it is.
+
+    >>> module_of("h.0.attn.lora_A.weight"), module_of("classifier.weight")
+    ('h.0.attn', None)
+    """
+    match = None if name in SHARED else _TENSOR.fullmatch(name)
+    return match[1] if match else None
+
+
 def resolved(config: Mapping[str, Any], tensors: Collection[str], kinds: Mapping[str, str]) -> dict[str, Any]:
     """A configuration checked against both sides, which says by modules what it said by patterns.
 
@@ -31,7 +41,7 @@ def resolved(config: Mapping[str, Any], tensors: Collection[str], kinds: Mapping
     Raises:
       ValueError: A module is selected, and has no tensors, or the reverse; a target is nowhere; or a pattern is none.
     """
-    found = {match[1] for name in tensors if name not in SHARED and (match := _TENSOR.fullmatch(name))}
+    found = {module for name in tensors if (module := module_of(name)) is not None}
     expected, targets = _expected(config, kinds), config.get("target_modules")
     modules = {name.rpartition(".")[0] if "experts" in kind else name for name, kind in kinds.items()}
     if absent := sorted(
