@@ -405,7 +405,9 @@ def trained(llama):
     """A step of training, what makes the state before the first, and what is frozen."""
     task, params = llama
     sites = lora.sites(task.model.apply, params, jnp.zeros((1, 8), jnp.int32))
-    frozen, lora_params = lora.split(jax.random.key(1), params, {".*/(value|up)/kernel": lora.LoRA(rank=2)}, sites=sites)
+    frozen, lora_params = lora.split(
+        jax.random.key(1), params, {".*/(value|up)/kernel": lora.LoRA(rank=2)}, sites=sites
+    )
     tx = lora.optimizer(optax.adam(0.05))
     step = training.make_step(task.loss, tx, weight=task.weight)
     return step, lambda: training.State.create(jax.random.key(0), jax.tree.map(jnp.copy, lora_params), tx), frozen

@@ -70,7 +70,6 @@ def _seam(left: Part, right: Part, shared: int) -> tuple[int, int]:
     common: Sequence[int] = np.intersect1d(left[1][left[1] >= begin], right[1]).tolist()
     for place in sorted(common, key=lambda place: abs(place - middle)):
         i, j = (int(np.searchsorted(starts, place)) for _, starts in (left, right))
-        near = [tokens[max(k - ALIKE, 0) : k + ALIKE] for tokens, k in ((left[0], i), (right[0], j))]
-        if i >= ALIKE <= j and np.array_equal(*near):
+        if i >= ALIKE <= j and np.array_equal(left[0][i - ALIKE : i + ALIKE], right[0][j - ALIKE : j + ALIKE]):
             return i, j
     return int(np.searchsorted(left[1], middle)), int(np.searchsorted(right[1], middle))  # one token longer than all

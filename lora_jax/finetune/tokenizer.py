@@ -62,7 +62,7 @@ class Tokenizer:
         file = directory / TOKENIZER
         vocabulary = fast.get_vocab(with_added_tokens=True)
         added = {token.content for token in fast.get_added_tokens_decoder().values()}
-        largest = max((number, token) for token, number in vocabulary.items() if token not in added or not added)
+        largest = max(((number, token) for token, number in vocabulary.items() if token not in added), default=(0, ""))
         _fits(
             f"'{file}'", largest[1], largest[0], vocab_size
         )  # added ones may be of other modalities, never to come up
@@ -161,7 +161,7 @@ def _keep_spaces(processor: Any) -> None:
             part["trim_offsets"] = False
 
 
-def _fits(whose: str, token: str, number: int, vocab_size: int) -> None:
+def _fits(whose: str, token: str | None, number: int, vocab_size: int) -> None:
     if number >= vocab_size:
         raise ValueError(
             f"{whose} gives {token!r} the id {number}, and the model's embedding has {vocab_size} rows: take the "
