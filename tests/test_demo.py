@@ -180,10 +180,7 @@ def fails(capsys, *arguments):
 
 def test_missing_model_directory(capsys, tmp_path):
     line = fails(capsys, "--model", tmp_path / "nowhere")
-    assert (
-        line
-        == f"lora-jax demo: '{tmp_path}/nowhere' is no directory: give one of a model, or hf://ORG/NAME to download it\n"
-    )
+    assert line.startswith(f"lora-jax demo: '{tmp_path}/nowhere' is no directory: give one of a model, or hf://")
     assert cli.main(["demo", "--debug", "--model", str(tmp_path / "nowhere")]) == 2
     assert "Traceback" in capsys.readouterr().err
 
