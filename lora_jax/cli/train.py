@@ -50,6 +50,7 @@ Most of the time before the first step is XLA's, compiling it. With a folder in
 JAX_COMPILATION_CACHE_DIR, JAX keeps what it has compiled for the next run.
 """
 SUBJECT = None
+MEMORY = "lower --batch or --length, raise --accumulate, take --remat products, --precision bfloat16 or --mesh"
 
 GROUPS = {
     "files": "files",

@@ -91,8 +91,8 @@ def prepare(settings: Settings) -> Job:
     data = dataset.of(settings, tokenizer, kind, positions=positions, classes=classes)
     if kind == "lm" and not data.counts.counted:
         raise ValueError(
-            f"--data {settings.data[0]}: no token of it counts for the loss: raise --length, which is {data.length}, or "
-            "correct the data"
+            f"--data {settings.data[0]}: no token of it counts for the loss: raise --length, which is {data.length}, "
+            "or correct the data"
         )
     if settings.patience and data.test is None:
         raise ValueError(f"--patience {settings.patience}: nothing is held out: give --eval-share or --eval-data")
