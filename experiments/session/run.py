@@ -75,7 +75,7 @@ def session(out: Path, seeds: range) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> str:
     """The README's, in Markdown."""
-    lines = ["| | perplexity, held out | trained | optimizer state | adapter | time |", "|---|---|---|---|---|---|"]
+    lines = ["| | perplexity, held out | trained | optimizer state | adapter | training |", "|---|---|---|---|---|---|"]
     before = found["LoRA"][0]["before"]["perplexity"]
     lines.append(f"| base | {before:.2f} | | | | |")
     for variant, title in (("LoRA", "LoRA, rank 16"), ("Full", "full fine-tuning")):
@@ -83,7 +83,7 @@ def table(found: dict[str, Any]) -> str:
         after = [run["after"]["perplexity"] for run in runs]
         spread = f"{statistics.mean(after):.2f} ({min(after):.2f}–{max(after):.2f})"
         trained, size = runs[0]["parameters"], runs[0]["bytes"]["adapter.safetensors"]
-        seconds = statistics.median(run["wall_seconds"] for run in runs)
+        seconds = statistics.median(run["seconds"] for run in runs)
         sizes = f"{2 * 4 * trained / 1e6:.2f} MB | {size / 1e6:.2f} MB"
         lines.append(f"| {title} | {spread} | {trained:,} | {sizes} | {seconds:.0f} s |")
     return "\n".join(lines)
