@@ -138,12 +138,9 @@ class Tokenizer:
         if "default" in self.templates:
             return self.templates["default"]
         directory, names = Path(self.file).parent, ", ".join(self.templates)
-        what = (
-            f"chat templates called {names}, and none 'default'"
-            if names
-            else "no chat template, and messages are written by one"
-        )
-        raise ValueError(f"'{directory}' has {what}: give one as --chat-template FILE.jinja")
+        what = f"chat templates called {names}, and none 'default'" if names else "no chat template"
+        remedy = "give one as --chat-template FILE.jinja, which says how messages are written"
+        raise ValueError(f"'{directory}' has {what}: {remedy}")
 
 
 def _fast(file: Path) -> tokenizers.Tokenizer:
