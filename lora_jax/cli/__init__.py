@@ -46,6 +46,8 @@ from data to an adapter, and on:
   lora-jax train --model DIR --data chats.jsonl --out runs/1 --dry-run
   lora-jax train --model DIR --data chats.jsonl --out runs/1
   lora-jax generate --model DIR --adapter runs/1 --prompt "What is a list?"
+  lora-jax info runs/1 --model DIR
+  lora-jax merge --model DIR --adapter runs/1 --out merged
 
 """
 

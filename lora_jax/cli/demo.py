@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_jax.cli.options import need, whole
 
-HELP = "adapt a pretrained sentence encoder, and compare LoRA with what else one could train"
+HELP = "LoRA beside what else one could train, compared in minutes"
 DESCRIPTION = """\
 Fine-tunes a pretrained sentence encoder (MiniLM, 22.6 million parameters) to
 tell whether two neighboring words of a sentence have been swapped. The

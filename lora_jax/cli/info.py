@@ -13,7 +13,7 @@ from lora_jax.cli.groups import pattern
 if TYPE_CHECKING:
     from lora_jax.formats.contents import Contents, Entry
 
-HELP = "what is in an adapter's file or folder, and does it fit that base?"
+HELP = "what is in an adapter, and does it fit that base?"
 DESCRIPTION = """\
 Shows what an adapter is: its variant, ranks and alphas, which leaves it adapts,
 how many numbers train, and which base it was made for. Its header is enough for

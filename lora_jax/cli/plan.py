@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_jax.cli.options import add_json, whole
 
-HELP = "what a training step takes: memory, arithmetic, network, time; and on how many chips"
+HELP = "what a training step takes: memory, time, and how many chips"
 DESCRIPTION = """\
 What a step of LoRA on a Llama takes: the memory of each device, arithmetic,
 collectives, and the time on chips by name. It needs no weights and no

@@ -62,7 +62,8 @@ def open_base(
       ValueError: See there; or labels are given that the model cannot tell apart (see `models.classifier.opened`).
     """
     options: Any = {"dtype": dtype, "abstract": abstract, "shardings": shardings}
-    config = read_json(Path(directory) / CONFIG)
+    directory = Path(directory)
+    config = read_json(directory / CONFIG)
     if labels is None and not classifier.holds(config):
         ignore = classifier.HEADS if config.get("model_type") == "bert" else ()
         return Base(*models.load(directory, ignore=ignore, **options))
@@ -90,7 +91,7 @@ def for_adapter(
     if adapter is None:
         return open_base(directory, **options)[:2]
     if not _is_bert(directory) and any(APART.match(path) for path in adapters.paths(adapter)):
-        return models.load(directory, scan=False, **options)
+        return models.load(Path(directory), scan=False, **options)
     labels = None if known_labels(directory) else adapter_labels(directory, adapter)
     return open_base(directory, labels=labels, **options)[:2]
 
@@ -99,7 +100,7 @@ def known_labels(directory: str | os.PathLike[str]) -> tuple[str, ...] | None:
     """The classes that a model's directory tells apart already, in their order; None where it is no classifier's."""
     if not classifier.holds(read_json(Path(directory) / CONFIG)):
         return None
-    checkpoint = classifier.opened(directory)
+    checkpoint = classifier.opened(Path(directory))
     return classifier.labels_of(checkpoint.config, checkpoint.tensors["classifier.bias"].shape[0])
 
 
