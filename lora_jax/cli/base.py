@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,14 +24,10 @@ def stored(model: str, adapter: Path | None = None) -> Stored:
     """
     from lora_jax import models
     from lora_jax.finetune.base import for_adapter
-    from lora_jax.formats.adapter import paths
     from lora_jax.formats.huggingface import directory_of
 
     directory = directory_of(model)
     made, params = for_adapter(directory, adapter, abstract=True)
-    apart = adapter is not None and any(re.match(r"params/layers_\d+/", path) for path in paths(adapter))
-    if apart and hasattr(made, "scan"):
-        made, params = models.load(directory, abstract=True, scan=False)
     return models.Stored.of(directory, made, params)
 
 

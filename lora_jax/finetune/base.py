@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +12,8 @@ from typing import Any, NamedTuple
 from jax.typing import DTypeLike
 
 from lora_jax import models
+from lora_jax.formats import adapter as adapters
 from lora_jax.formats import atomic, native
-from lora_jax.formats.adapter import NATIVE, PEFT
 from lora_jax.formats.huggingface.absent import Absent
 from lora_jax.formats.huggingface.directory import CONFIG, read_json
 from lora_jax.formats.peft.folder import read as read_folder
@@ -20,6 +21,7 @@ from lora_jax.models import classifier
 
 LABELS = "labels.json"  # beside a classifier's adapter: the names of its classes, in their order
 HEAD = "params/head/kernel", "params/head/bias"
+APART = re.compile(r"params/layers_\d+/")  # layers that are not stacked
 POOLER = "params/encoder/pooler/kernel", "params/encoder/pooler/bias"
 
 
@@ -72,7 +74,9 @@ def open_base(
 def for_adapter(
     directory: str | os.PathLike[str], adapter: str | os.PathLike[str] | None, **options: Any
 ) -> tuple[Any, Any]:
-    """The model that an adapter was made for, and its variables: a classifier where the adapter has the head of one.
+    """The model that an adapter was made for, and its variables.
+
+    It is a classifier where the adapter has the head of one, and has its layers stacked unless the adapter has not.
 
     Args:
       directory: Of the model; it may be that of an encoder alone.
@@ -83,7 +87,11 @@ def for_adapter(
       FileNotFoundError: There is no model, or no adapter.
       ValueError: One of the two is damaged.
     """
-    labels = None if adapter is None or known_labels(directory) else adapter_labels(directory, adapter)
+    if adapter is None:
+        return open_base(directory, **options)[:2]
+    if not _is_bert(directory) and any(APART.match(path) for path in adapters.paths(adapter)):
+        return models.load(directory, scan=False, **options)
+    labels = None if known_labels(directory) else adapter_labels(directory, adapter)
     return open_base(directory, labels=labels, **options)[:2]
 
 
@@ -102,25 +110,37 @@ def adapter_labels(directory: str | os.PathLike[str], adapter: str | os.PathLike
       FileNotFoundError: There is no adapter.
       ValueError: It is damaged, or its labels.json names others.
     """
-    if read_json(Path(directory) / CONFIG).get("model_type") != "bert":
+    if not _is_bert(directory):
         return None
-    adapter = Path(adapter)
-    folder, number = adapter if adapter.is_dir() else adapter.parent, None
-    if adapter.is_dir() and not (adapter / NATIVE).is_file() and (adapter / PEFT).is_file():
-        bias = read_folder(adapter)[1].get("classifier.bias")
+    form, place = adapters.find(adapter)
+    if form == "peft":
+        bias = read_folder(place)[1].get("classifier.bias")
         number = None if bias is None else len(bias)
     else:
-        head = native.load(adapter / NATIVE if adapter.is_dir() else adapter).get(HEAD[0])
+        head = _load(form, place).get(HEAD[0])
         number = None if head is None else head.site.shape[-1]
     if number is None:
         return None
-    file = folder / LABELS
-    if not file.is_file():
+    folders = (place, place.parent) if place.is_dir() else (place.parent,)
+    file = next((folder / LABELS for folder in folders if (folder / LABELS).is_file()), None)
+    if file is None:
         return classifier.unnamed(number)
     names = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(names, list) or len(names) != number or not all(isinstance(name, str) for name in names):
         raise ValueError(f"'{file}' names {names}, and the adapter has {number} classes: name each, or remove the file")
     return tuple(names)
+
+
+def _is_bert(directory: str | os.PathLike[str]) -> bool:
+    return read_json(Path(directory) / CONFIG).get("model_type") == "bert"
+
+
+def _load(form: str, place: Path) -> Any:
+    if form == "native":
+        return native.load(place)
+    from lora_jax.formats import orbax  # which takes long to import
+
+    return orbax.load(place)
 
 
 def write_labels(folder: str | os.PathLike[str], labels: Sequence[str]) -> Path:

@@ -81,11 +81,8 @@ def inventory(directory: str | os.PathLike[str], rank: int, targets: str | None 
     encoder = config.get("model_type") == "bert" and not classifier.holds(config)
     base = open_base(directory, labels=("0", "1") if encoder else None, abstract=True)
     leaves, absent = tree.flatten(base.params)[0], {*base.whole} if encoder else set[str]()
-    sites = lora.sites(
-        task.of(base.model, **({"recompute": True} if isinstance(base.model, Decoder) else {})).loss,
-        base.params,
-        _batch(base.model),
-    )
+    options = {"recompute": True} if isinstance(base.model, Decoder) else {}  # so that the head may be adapted
+    sites = lora.sites(task.of(base.model, **options).loss, base.params, _batch(base.model))
     taken = {preset: _taken(preset, leaves, sites, rank, absent) for preset in PRESETS if preset != "all"}
     chosen = leaves.keys() - absent if targets is None else _taken(targets, leaves, sites, rank, absent, strict=True)
     places = locate(leaves, models.names(base.model))
