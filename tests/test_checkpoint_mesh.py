@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import as_one
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,7 +152,8 @@ def goes_on(run, folder):
 
 
 def two(folder):
-    """Two by two devices of two processes, with the mesh set."""
+    """Two by two devices of two processes, which train as one does; then with the mesh set."""
+    as_one.process(folder)
     run = Run(Mesh(np.reshape(jax.devices(), (2, 2)).T, ("fsdp", "tp")))
     with jax.set_mesh(run.mesh):
         goes_on(run, folder)
@@ -181,10 +183,11 @@ def stops(run, folder):
     assert manifest.steps(folder) == [steps[0]] == [steps[1]]
 
 
-def test_a_checkpoint_of_four_processes_goes_on_with_two_and_with_one(tmp_path):
+def test_a_checkpoint_of_four_processes_goes_on_with_two_that_train_as_one_and_with_one(tmp_path):
     processes.run(tmp_path, 4, __file__, str(tmp_path), "four", environment=processes.slurm)
     assert {path.name for path in (tmp_path / "damaged").iterdir()} == {"2", "3", "damaged-3"}
     processes.run(tmp_path, 2, __file__, str(tmp_path), "two")
+    as_one.agree(tmp_path, 2)
     run = Run(Mesh(np.reshape(jax.devices(), (4, 2)), ("fsdp", "tp")))
     goes_on(run, tmp_path)
     goes_on(Run(None), tmp_path)

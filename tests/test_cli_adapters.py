@@ -42,7 +42,9 @@ def place(tmp_path_factory):
         stored = Stored.of(root / name, *models.load(root / name, abstract=True))
         params = models.load(root / name)[1]
         sites = stored.sites()
-        for i, rule in enumerate((targeted(lora.LoRA(2, alpha=4), "attention", "up"), targeted(lora.LoRA(3), "mlp"))):
+        for i, rule in enumerate(
+            (targeted(lora.LoRA(2, alpha=4), "query", "qkv", "up"), targeted(lora.LoRA(3), "up", "down"))
+        ):
             own = randomized(split_at_random(params, rule, sites)[1], 0.1, seed=i)
             base = {"base": params, "fingerprint": stored.fingerprint()}
             assert adapter.save(root / f"{name}-{i}", own, stored.names, **base) is None

@@ -10,8 +10,9 @@ import pytest
 import tiny_tokenizers as tiny
 import tokenizers
 
-from lora_jax.finetune.chat import Template
+from lora_jax.finetune.chat import spans
 from lora_jax.finetune.rendering import _inside
+from lora_jax.finetune.template import Template
 from lora_jax.finetune.tokenizer import Tokenizer
 
 REFERENCES = json.loads((Path(__file__).parent / "fixtures/chat_references.json").read_text())
@@ -42,19 +43,19 @@ def test_text_and_what_counts_are_those_of_transformers(family):
         for generation in (False, True):
             its = template(family, generation)
             assert its.render(messages, "a:1", prompt=True, **tools) == case["prompt"]
-            text, spans = its.spans(messages, "a:1", **tools)
+            text, found = spans(its, messages, "a:1", **tools)
             assert text == case["text"], case["chat"]
             encoding = tokenizer().encode(text, add_special_tokens=False)
             assert encoding.ids == case["ids"]
-            counts = "".join(map(str, _inside(encoding, spans).astype(int)))
-            assert counts == case["mask"], (case["chat"], generation, [text[start:end] for start, end in spans])
+            counts = "".join(map(str, _inside(encoding, found).astype(int)))
+            assert counts == case["mask"], (case["chat"], generation, [text[start:end] for start, end in found])
 
 
 def turns(source, chat, first=0, **options):
-    text, spans = Template(source, "chat.jinja", VARIABLES, ["<|end|>", "<|endoftext|>"]).spans(
-        chat, "a:1", first, **options
+    text, found = spans(
+        Template(source, "chat.jinja", VARIABLES, ["<|end|>", "<|endoftext|>"]), chat, "a:1", first, **options
     )
-    return [text[start:end] for start, end in spans]
+    return [text[start:end] for start, end in found]
 
 
 CHAT = [
@@ -67,8 +68,8 @@ CHAT = [
 
 def test_turns_before_the_first_that_counts_do_not():
     for generation in (False, True):
-        text, spans = template("chatml", generation).spans(CHAT, "a:1", first=2)
-        assert [text[start:end] for start, end in spans] == ["d<|im_end|>"]
+        text, found = spans(template("chatml", generation), CHAT, "a:1", first=2)
+        assert [text[start:end] for start, end in found] == ["d<|im_end|>"]
 
 
 def test_options_reach_the_template():

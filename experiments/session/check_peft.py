@@ -41,7 +41,12 @@ def perplexity(model, rows: list[list[int]], batch: int = 16) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    for name, default in (("model", "base"), ("adapter", "lora"), ("merged", "merged"), ("data", "held_out.jsonl")):
+    for name, default in (
+        ("model", "base"),
+        ("adapter", "lora"),
+        ("merged", "lora-merged"),
+        ("data", "held_out.jsonl"),
+    ):
         parser.add_argument(f"--{name}", type=Path, default=Path(default), help="default: %(default)s")
     parser.add_argument("--length", type=int, default=128, help="as of lora-jax train (default: %(default)s)")
     parser.add_argument(

@@ -73,12 +73,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     groups["files"].add_argument("--json", metavar="FILE", type=Path, help="what was found, for programs")
     for name, field in FIELDS.items():
-        kind, options = str(field.type), dict[str, Any]()
+        kind = str(field.type)
+        options: dict[str, Any] = {"metavar": _metavar(field)}
         if kind.startswith("bool"):
             options = {"action": argparse.BooleanOptionalAction}
-        else:
-            several = {"nargs": "+", "action": "extend"} if kind.startswith(("tuple", "dict")) else {}
-            options = {"metavar": _metavar(field), **several}
+        elif kind.startswith(("tuple", "dict")):
+            options |= {"nargs": "+", "action": "extend"}
         groups[field.metadata["group"]].add_argument(
             "--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=_help(field), dest=name, **options
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lora_jax as lora
@@ -12,7 +12,9 @@ from lora_jax.finetune.variant import from_data
 BATCHES = 4
 
 
-def begun(settings: Settings, loss: Any, params: Any, batches: list[Mapping[str, Any]], rules: Any, sites: Any) -> Any:
+def begun(
+    settings: Settings, loss: Any, params: Any, batches: Sequence[Mapping[str, Any]], rules: Any, sites: Any
+) -> Any:
     """The rules, or those that `lora_jax.eva`, `corda` or `lora_ga` make of them.
 
     Args:

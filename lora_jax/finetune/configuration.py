@@ -115,8 +115,8 @@ def _toml(file: Path, text: str) -> dict[str, Given]:
     try:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        line = re.search(r"line (\d+)", str(error))
-        raise ValueError(f"{file}{f':{line[1]}' if line else ''}: no TOML ({error}): correct it") from error
+        found = re.search(r"line (\d+)", str(error))
+        raise ValueError(f"{file}{f':{found[1]}' if found else ''}: no TOML ({error}): correct it") from error
     lines = text.splitlines()
 
     def line(name: str) -> int:

@@ -19,6 +19,7 @@ def draw(log: Sequence[Mapping[str, Any]], file: Path) -> bool:
     if importlib.util.find_spec("matplotlib") is None:
         return False
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     steps = [line["step"] for line in log if "loss" in line]
     losses = np.array([line["loss"] for line in log if "loss" in line])
@@ -33,7 +34,7 @@ def draw(log: Sequence[Mapping[str, Any]], file: Path) -> bool:
     if tests:
         axes.plot(*zip(*tests, strict=True), color="C1", marker="o", label="held out")
     axes.set(xlabel="step", ylabel="cross-entropy (nats)")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file)

@@ -76,7 +76,8 @@ def pruned(tx: optax.GradientTransformation, planned: budget.Schedule) -> optax.
     def init(params: Any) -> Pruned:
         return Pruned(tx.init(params), budget.init(params))
 
-    def update(grads: Any, state: Pruned, params: Any = None) -> tuple[Any, Pruned]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Pruned]:
+        grads = updates
         updates, inner = tx.update(grads, state.inner, params)
         stepped: Any = optax.apply_updates(params, updates)
         left, importance = budget.allocate(planned, state.importance, stepped, grads)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,12 +43,34 @@ def shown(example: Example, tokenizer: Tokenizer, labels: Sequence[str] = (), li
             before, text = tokenizer.text(example.ids[:start]), tokenizer.text(example.ids[:end])
             text = text[len(before) :] if text.startswith(before) else tokenizer.text(example.ids[start:end])
             body += OPEN + text + CLOSE if example.mask[start] else text
-    wrapped = [
-        line
-        for paragraph in body.translate(CONTROLS).replace("\n", "⏎\n").split("\n")
-        for line in textwrap.wrap(paragraph, WIDTH - 2, replace_whitespace=False, drop_whitespace=False) or [""]
-    ]
+    visible = body.translate(CONTROLS).expandtabs().removesuffix("\n").replace("\n", "⏎\n")
+    wrapped = [line for paragraph in visible.split("\n") for line in _wrapped(paragraph, WIDTH - 2)]
     if len(wrapped) > lines:
         half = (lines - 1) // 2
         wrapped = [*wrapped[: lines - 1 - half], f"... {len(wrapped) - lines + 1} lines ...", *wrapped[-half:]]
     return "\n".join([*textwrap.wrap(head, WIDTH), *("  " + line.rstrip() for line in wrapped)])
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Lines of whole words where they fit, by the places that characters take: two of Chinese ones, none of accents.
+
+    >>> _wrapped("a bc 日本語", 5), _wrapped("abcdefg", 5)
+    (['a bc ', '日本', '語'], ['abcde', 'fg'])
+    """
+    lines, used = [""], 0
+    for word in re.findall(r"\S+\s*|\s+", text):
+        if used + _places(word.rstrip()) > width and used:
+            lines.append("")
+            used = 0
+        for character in word:
+            wide = _places(character)
+            if used + wide > width:
+                lines.append("")
+                used = 0
+            lines[-1] += character
+            used += wide
+    return lines
+
+
+def _places(text: str) -> int:
+    return sum(0 if unicodedata.combining(x) else 1 + (unicodedata.east_asian_width(x) in "WF") for x in text)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -58,7 +59,7 @@ def nbytes(tree: Any) -> int:
     """What one device holds of the arrays of a tree, or of `jax.ShapeDtypeStruct`."""
 
     def size(x: Any) -> int:
-        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return 8
         shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
         return int(np.prod(shape)) * x.dtype.itemsize

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 
-from lora_jax.finetune.chat import Spans
+from lora_jax.finetune import chat
 from lora_jax.finetune.kinds import Kind, is_chat
 from lora_jax.finetune.sources import Record
+from lora_jax.finetune.template import Spans
 from lora_jax.finetune.tokenizer import Tokenizer
 
 TOGETHER = 1 << 21  # characters that are encoded at a time, by all cores: a hundred megabytes or so of their tokens
@@ -79,11 +80,11 @@ def _texts(records: Sequence[Record], tokenizer: Tokenizer) -> Iterator[Example]
 def _answers(records: Sequence[Record], tokenizer: Tokenizer) -> Iterator[Example]:
     """Of prompts and completions, and of chats: those characters count that are in spans."""
     chats = [is_chat(record.fields) for record in records]
-    texts = [_chat(record, tokenizer) if chat else _joined(record) for record, chat in zip(records, chats, strict=True)]
+    texts = [_chat(record, tokenizer) if is_chat(record.fields) else _joined(record) for record in records]
     where, found = [record.where for record in records], {}
-    for chat in {*chats}:  # what begins and ends a chat is in its template
-        places = [i for i, x in enumerate(chats) if x == chat]
-        encodings = tokenizer.encode([texts[i][0] for i in places], [where[i] for i in places], special=not chat)
+    for one in {*chats}:  # what begins and ends a chat is in its template
+        places = [i for i, x in enumerate(chats) if x == one]
+        encodings = tokenizer.encode([texts[i][0] for i in places], [where[i] for i in places], special=not one)
         found |= dict(zip(places, encodings, strict=True))
     for i, record in enumerate(records):
         ids, mask = np.array(found[i].ids, np.int32), _inside(found[i], texts[i][1])
@@ -121,7 +122,7 @@ def _chat(record: Record, tokenizer: Tokenizer) -> tuple[str, Spans]:
     given |= fields.get("chat_template_kwargs", {})
     prompt = fields.get("prompt", [])
     messages = [*prompt, *fields["completion"]] if "completion" in fields else fields["messages"]
-    return tokenizer.template("tools" in given).spans(messages, record.where, len(prompt), **given)
+    return chat.spans(tokenizer.template("tools" in given), messages, record.where, len(prompt), **given)
 
 
 def _inside(encoding: tokenizers.Encoding, spans: Spans) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 
 from lora_jax.finetune import documents
-from lora_jax.finetune.chat import Template
+from lora_jax.finetune.template import Template
 from lora_jax.formats.huggingface.directory import CONFIG, read_json
 
 TOKENIZER, TOKENIZER_CONFIG, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
@@ -139,7 +139,8 @@ class Tokenizer:
             return self.templates["default"]
         directory, names = Path(self.file).parent, ", ".join(self.templates)
         what = f"chat templates called {names}, and none 'default'" if names else "no chat template"
-        raise ValueError(f"'{directory}' has {what}: give one as --chat-template FILE.jinja")
+        remedy = "give one as --chat-template FILE.jinja, which says how messages are written"
+        raise ValueError(f"'{directory}' has {what}: {remedy}")
 
 
 def _fast(file: Path) -> tokenizers.Tokenizer:

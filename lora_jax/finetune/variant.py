@@ -50,7 +50,7 @@ def variant_of(settings: Settings) -> Variant:
             raise ValueError(f"{where}: {settings.variant} has no field {name!r}: its fields are {', '.join(fields)}")
     if from_data(settings):
         own.pop("init")
-    given = {"rank": RANKS.get(settings.variant, RANK)} if "rank" in fields else {}
+    given: dict[str, Any] = {"rank": RANKS.get(settings.variant, RANK)} if "rank" in fields else {}
     if settings.variant == "Full":
         given["dtype"] = "float32"  # AdamW's steps are lost in bfloat16
     given |= {name: x for name, (_, x) in own.items()}

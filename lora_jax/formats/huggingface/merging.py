@@ -118,7 +118,7 @@ def _made(
         adapter = _at(path, adapters[path], place, index)
         for rows, exact, before in _blocks(path, base, adapter, axes, place):
             if not np.isfinite(exact).all():
-                raise ValueError(_not_finite(path, name, np.isfinite(before).all()))
+                raise ValueError(_not_finite(path, name, bool(np.isfinite(before).all())))
             narrow = np.dtype(to).itemsize < exact.itemsize
             with np.errstate(over="ignore"):  # it is an error below
                 rounded = rounding.stochastic(draws, exact, to) if draws is not None and narrow else exact.astype(to)
@@ -194,7 +194,7 @@ def _at(path: str, adapter: Adapter, place: Place, index: Dims) -> Adapter:
         for name, x in adapter.factors.items()
     }
     kept = [d for d in range(len(site.shape)) if d not in dims]
-    groups = {
+    groups: dict[str, Any] = {
         name: tuple(kept.index(d) for d in getattr(site, name) if d in kept)
         for name in ("batch_axes", "in_axes", "out_axes", "window_axes")
     }
