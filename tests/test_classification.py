@@ -210,7 +210,16 @@ def test_train_learns_to_classify(poolerless, tmp_path, capsys):
     assert json.loads((tmp_path / "run" / "labels.json").read_text()) == ["is bad", "is good"]
     saved = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
     assert saved["task_type"] == "SEQ_CLS" and {*saved["modules_to_save"]} == {"classifier", "bert.pooler.dense"}
-    given = ["--model", str(poolerless), "--adapter", str(tmp_path / "run"), "--prompt", "a good", "--prompt", "bad b"]
+    given = [
+        "--model",
+        str(poolerless),
+        "--adapter",
+        str(tmp_path / "run"),
+        "--prompt",
+        "a b good",
+        "--prompt",
+        "c d bad",
+    ]
     assert cli.main(["generate", *given, "--json", str(tmp_path / "answers.json")]) == 0
     prompts = json.loads((tmp_path / "answers.json").read_text())["prompts"]
     assert [prompt["answers"][0]["label"] for prompt in prompts] == ["is good", "is bad"]
