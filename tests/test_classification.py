@@ -191,3 +191,35 @@ def test_sites_of_an_encoder_are_those_of_a_classifier_but_for_the_head(poolerle
     assert "bert.encoder.layer.*.attention.self.query" in printed or "bert.encoder.layer.0" in printed
     assert "pooler" not in printed
     assert classifier.holds(json.loads((poolerless / "config.json").read_text())) is False
+
+
+@pytest.mark.standard_promotion
+def test_train_learns_to_classify(poolerless, tmp_path, capsys):
+    """From a file of labels to an adapter that names them, of an encoder without a pooler."""
+    draws = np.random.default_rng(0)
+    rows = [("good" if i % 2 else "bad", " ".join(draws.choice([*"abcdef"], 2))) for i in range(48)]
+    lines = [json.dumps({"text": f"{rest} {word}", "label": f"is {word}"}) for word, rest in rows]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n")
+    options = {"model": poolerless, "data": tmp_path / "data.jsonl", "out": tmp_path / "run", "length": 8, "batch": 8}
+    options |= {"steps": 80, "learning-rate": 3e-2, "rank": 4, "eval-share": 0.25}
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    assert cli.main(["train", *words, "--json", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["before"]["loss"] == pytest.approx(np.log(2), rel=1e-5)  # of a head of zeros
+    assert found["after"]["accuracy"] == 1 and found["after"]["loss"] < 0.3
+    assert json.loads((tmp_path / "run" / "labels.json").read_text()) == ["is bad", "is good"]
+    saved = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert saved["task_type"] == "SEQ_CLS" and {*saved["modules_to_save"]} == {"classifier", "bert.pooler.dense"}
+    given = [
+        "--model",
+        str(poolerless),
+        "--adapter",
+        str(tmp_path / "run"),
+        "--prompt",
+        "a b good",
+        "--prompt",
+        "c d bad",
+    ]
+    assert cli.main(["generate", *given, "--json", str(tmp_path / "answers.json")]) == 0
+    prompts = json.loads((tmp_path / "answers.json").read_text())["prompts"]
+    assert [prompt["answers"][0]["label"] for prompt in prompts] == ["is good", "is bad"]
