@@ -217,7 +217,7 @@ def test_a_mistake_is_one_line(arguments, message, config, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "No such file"),
+        (None, "config.json' is no file and no directory: give"),
         ("not JSON", "is no JSON"),
         ("[]", "holds no JSON object"),
         ('{"model_type": "gpt2"}', "model_type is 'gpt2'"),

@@ -14,11 +14,12 @@ import jax
 import numpy as np
 import pytest
 import tiny_base
+from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 
 import lora_jax as lora
-from lora_jax import cli, training
-from lora_jax.finetune import folder, job, journal
+from lora_jax import cli, training, tree
+from lora_jax.finetune import folder, job, journal, prepare, values
 from lora_jax.finetune.settings import Settings
 
 pytestmark = pytest.mark.standard_promotion
@@ -34,24 +35,43 @@ def here(tmp_path_factory):
     tiny_base.texts(place / "texts.jsonl")
     before = Path.cwd()
     os.chdir(place)
+    # Runs of one shape are compiled once: the tests are of what is around the programs.
+    options = {"dir": str(place / "cache"), "persistent_cache_min_compile_time_secs": 0}
+    names = {"dir": "jax_compilation_cache_dir"} | {name: f"jax_{name}" for name in options if name != "dir"}
+    for name, value in options.items():
+        jax.config.update(names[name], value)
+    compilation_cache.reset_cache()
     yield place
     os.chdir(before)
+    for name, value in {"dir": None, "persistent_cache_min_compile_time_secs": 1}.items():
+        jax.config.update(names[name], value)
+    compilation_cache.reset_cache()
 
 
 GIVEN = {"model": "base", "data": "texts.jsonl", "length": 16, "batch": 4, "steps": 4, "learning_rate": 0.01}
+GIVEN |= {"targets": ".*/(value|down)/kernel"}
 
 
-def words(**settings):
+def words(**some):
     """Settings as flags."""
     flags = []
-    for name, value in {**GIVEN, **settings}.items():
+    for name, value in {**GIVEN, **some}.items():
         flags += ["--" + name.replace("_", "-"), *map(str, value if isinstance(value, list) else [value])]
     return flags
 
 
-def train(*more, **settings):
+def settings(**some):
+    """Settings of flags."""
+    return values.settings({name: values.Given(value, name) for name, value in _texts({**GIVEN, **some}).items()})
+
+
+def _texts(some):
+    return {name: [*map(str, x)] if isinstance(x, list) else str(x) for name, x in some.items()}
+
+
+def train(*more, **some):
     """The exit status of a run."""
-    return cli.main(["train", *words(**settings), *more])
+    return cli.main(["train", *words(**some), *more])
 
 
 def factors(out):
@@ -87,7 +107,7 @@ def test_what_a_run_leaves(reference, capsys):
     assert [line["step"] for line in log] == [0, 1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in log if "eval_loss" in line] == [0, 2, 4, 6]
     assert log[-1]["eval_loss"] < log[0]["eval_loss"]
-    assert log[-1]["tokens"] == 6 * 4 * 16
+    assert 5 * 4 * 16 * 0.8 < log[-1]["tokens"] <= 6 * 4 * 16
     assert {"loss", "grad_norm", "learning_rate", "tokens_per_second"} <= log[1].keys()
 
 
@@ -128,28 +148,27 @@ PRESETS = {
 
 
 @pytest.mark.parametrize("targets", PRESETS)
-def test_presets(here, targets, capsys, tmp_path):
-    assert train("--dry-run", targets=targets, json=tmp_path / "found.json") == 0
-    adapted = {line.split()[0].split("/")[-2] for line in capsys.readouterr().out.splitlines() if "/kernel" in line}
-    assert adapted == PRESETS[targets]
+def test_presets(here, targets):
+    own = prepare.prepare(settings(targets=targets))
+    assert {path.split("/")[-2] for path in prepare.shapes(own).lora_params} == PRESETS[targets]
 
 
-def test_everything_trains_under_full(here, capsys):
-    assert train("--dry-run", targets="all", variant="Full") == 0
-    assert "100.00% of the model's" in capsys.readouterr().out
+def test_everything_trains_under_full(here):
+    own = prepare.prepare(settings(targets="all", variant="Full"))
+    assert prepare.shapes(own).lora_params.keys() == tree.flatten(own.base)[0].keys()
 
 
 VARIANTS = {
-    "LoRA": {"set": "scaling=rank_stabilized", "init": "pissa", "trains": ".*/last_norm/scale"},
+    "LoRA": {"set": ["scaling=rank_stabilized"], "init": "pissa", "trains": ".*/last_norm/scale"},
     "DoRA": {"alpha": 16, "lora_plus_ratio": 4},
-    "AdaLoRA": {"set": "deviation=0.1", "prune_to": 2},
-    "VeRA": {"set": "d_initial=0.2", "rank": 16},
+    "AdaLoRA": {"set": ["deviation=0.1"], "prune_to": 2},
+    "VeRA": {"set": ["d_initial=0.2"], "rank": 16},
     "LoHa": {"init": "uniform"},
     "LoKr": {"set": ["factor=4", "decompose_both=true"]},
     "LoRAFA": {"dropout": 0.1},
     "LoRAXS": {"alpha": 8},
-    "IA3": {"set": "side=in"},
-    "Full": {"set": "dtype=float32"},
+    "IA3": {"set": ["side=in"]},
+    "Full": {"set": ["dtype=float32"]},
 }
 
 
@@ -158,19 +177,27 @@ def test_all_variants_are_here():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_variants(here, variant, tmp_path):
-    out, more = tmp_path / "out", {"rank": 4} if variant not in ("IA3", "Full") else {}
-    assert train(out=out, variant=variant, targets="attention", steps=3, **{**more, **VARIANTS[variant]}) == 0
+def test_variants_have_a_step(here, variant):
+    more = {"rank": 4} if variant not in ("IA3", "Full") else {}
+    own = prepare.prepare(settings(variant=variant, **{**more, **VARIANTS[variant]}))
+    shapes = prepare.shapes(own)
+    state, _ = jax.eval_shape(shapes.programs.step, shapes.state, own.base, own.batches.batch(0))
+    assert jax.tree.structure(state) == jax.tree.structure(shapes.state)
+    assert variant in {type(adapter.variant).__name__ for adapter in shapes.lora_params.values()}
+
+
+@pytest.mark.parametrize("variant", ["LoRA", "Full"])
+def test_variants_learn(here, variant, tmp_path):
+    out = tmp_path / "out"
+    assert train(out=out, variant=variant, **VARIANTS[variant]) == 0
     log = journal.read(out / "log.jsonl")
-    assert len(log) == 4 and log[-1]["eval_loss"] < log[0]["eval_loss"] + 0.05
-    lora_params = lora.load(out / "adapter.safetensors")
-    assert {type(adapter.variant).__name__ for adapter in lora_params.values()} <= {variant, "Full"}
-    assert all(np.isfinite(x).all() for x in factors(out).values())
+    assert len(log) == 5 and log[-1]["eval_loss"] < log[0]["eval_loss"]
+    assert {type(own.variant).__name__ for own in lora.load(out / "adapter.safetensors").values()} <= {variant, "Full"}
 
 
-@pytest.mark.parametrize("init", ["eva", "corda", "lora_ga"])
+@pytest.mark.parametrize("init", ["eva", "lora_ga"])
 def test_initializations_from_data(here, init, tmp_path):
-    assert train(out=tmp_path / "out", init=init, rank=2, targets="attention", steps=2) == 0
+    assert train(out=tmp_path / "out", init=init, rank=2, steps=2) == 0
     from lora_jax import models
 
     _, params = models.load("base")
@@ -178,9 +205,9 @@ def test_initializations_from_data(here, init, tmp_path):
 
 
 def test_adalora_is_pruned(here, tmp_path):
-    assert train(out=tmp_path / "out", variant="AdaLoRA", rank=4, prune_to=2, targets="attention", steps=6) == 0
+    assert train(out=tmp_path / "out", variant="AdaLoRA", rank=4, prune_to=2, steps=6) == 0
     left = sum(int(np.count_nonzero(x)) for name, x in factors(tmp_path / "out").items() if name.endswith(":E"))
-    assert left == 4 * 2 * 2  # four kernels of two layers, two values each on the average
+    assert left == 2 * 2 * 2  # two kernels of two layers, two values each on the average
 
 
 class Killed(BaseException):
@@ -194,8 +221,7 @@ def die(*_, **__):
 CUTS = {
     "before the first checkpoint": ("lora_jax.finetune.journal.Journal.flush", 1),
     "at a checkpoint": ("lora_jax.formats.orbax.Checkpoints.save", 2),
-    "in the export": ("lora_jax.finetune.export.draw", 1),
-    "before the last note": ("lora_jax.finetune.folder.done", 1),
+    "after the export": ("lora_jax.finetune.folder.done", 1),
     "while cleaning up": ("lora_jax.finetune.folder.clean", 1),
 }
 
@@ -249,23 +275,31 @@ def test_resuming_with_other_settings_or_data_is_refused(here, monkeypatch, tmp_
     assert "content has changed" in capsys.readouterr().err
 
 
-def test_killed_from_outside(reference, tmp_path):
-    """SIGKILL and SIGTERM, each to a process of its own."""
+def test_killed_from_outside(reference, tmp_path, monkeypatch, capsys):
+    """By SIGKILL, in a process of its own, and by SIGTERM."""
     out = tmp_path / "out"
-    given = words(out=out, steps=6, eval_every=2, dropout=0.1, save_every=1)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for number, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM)):
-        process = subprocess.Popen(
-            [sys.executable, "-c", SLOW, "train", *given], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        seen = len(log_of(out))
-        while len(log_of(out)) <= seen + 1 and process.poll() is None:
-            time.sleep(0.02)
-        process.send_signal(number)
-        told = process.communicate()[1]
-        assert process.returncode == status, told
-    assert "to go on, the same command" in told
-    assert train(out=out, steps=6, eval_every=2, dropout=0.1, save_every=1) == 0
+    given = {"out": out, "steps": 6, "eval_every": 2, "dropout": 0.1, "save_every": 1}
+    command = [sys.executable, "-c", SLOW, "train", *words(**given)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(reference.parent / "cache")}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    while len(log_of(out)) < 3 and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    told = process.communicate()[1]
+    assert process.returncode == -signal.SIGKILL, told
+    call = journal.Journal.__call__
+
+    def terminated(self, step, *args):
+        if step == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return call(self, step, *args)
+
+    monkeypatch.setattr(journal.Journal, "__call__", terminated)
+    with pytest.raises(training.Interrupted) as interrupted:
+        train(**given)
+    assert interrupted.value.code == 128 + signal.SIGTERM and "the same command" in capsys.readouterr().err
+    monkeypatch.setattr(journal.Journal, "__call__", call)
+    assert train(**given) == 0
     assert same(reference, out) and steps_of(out) == [0, 1, 2, 3, 4, 5, 6]
 
 
@@ -306,10 +340,10 @@ def test_early_stopping_keeps_the_best(here, tmp_path, capsys):
 
 def test_divergence_ends_with_1_and_exports_nothing(here, tmp_path, capsys):
     out = tmp_path / "out"
-    options = {"learning_rate": 1e30, "clip_norm": "none", "schedule": "constant", "warmup": 0, "steps": 20}
+    options = {"learning_rate": 1e38, "clip_norm": "none", "schedule": "constant", "warmup": 0, "steps": 20}
     assert train(out=out, **options) == 1
     told = capsys.readouterr().err.splitlines()[-1]
-    assert "training has diverged, and nothing is exported. Lower --learning-rate, which is 1e+30" in told
+    assert "training has diverged, and nothing is exported. Lower --learning-rate, which is 1e+38" in told
     assert not (out / "adapter.safetensors").exists() and (out / "unfinished.json").exists()
 
 
@@ -321,18 +355,14 @@ def test_a_dry_run_writes_nothing_and_reads_no_weight(here, tmp_path, capsys, mo
     assert listed(here) == before and weights.exists()
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
-    for part in ("model ", "data ", "trains ", "steps ", "optimizer ", "memory ", "query/kernel"):
+    for part in ("model ", "data ", "trains ", "steps ", "optimizer ", "memory ", "value/kernel"):
         assert part in out
 
 
-MESHES = ["data=4", "data=2,fsdp=2,tp=2"]
-
-
-@pytest.mark.parametrize("mesh", MESHES)
-def test_meshes_agree_with_one_device(here, mesh, tmp_path):
+def test_a_mesh_agrees_with_one_device(here, tmp_path):
     logs = []
-    for out, axes in ((tmp_path / "one", "data=1"), (tmp_path / "many", mesh)):
-        assert train(out=out, mesh=axes, steps=3, eval_every=3) == 0
+    for out, axes in ((tmp_path / "one", "data=1"), (tmp_path / "many", "data=2,fsdp=2,tp=2")):
+        assert train(out=out, mesh=axes) == 0
         logs.append(journal.read(out / "log.jsonl"))
     for one, many in zip(*logs, strict=True):
         for name in ("loss", "eval_loss"):
@@ -353,7 +383,7 @@ WRONG = {
     "something else": (words(out="base"), "something else than a run"),
     "a file": (words(out="texts.jsonl"), "it is a file"),
     "no folder for it": (words(out="no/such/run"), "there is no folder"),
-    "a long row": (words(length=64, out="x"), "32 positions: take --length 32"),
+    "a long row": (words(length=64, out="x"), "the model has 32 positions: give 2 to 32"),
     "no number": (words(rank="eight", out="x"), "--rank: rank is 'eight', and it is a whole number, 1 or more"),
     "too small": (words(batch=0, out="x"), "--batch: batch is '0'"),
     "no choice": (words(schedule="step", out="x"), "it is cosine, linear or constant"),

@@ -87,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = line(str(error)).rpartition("RESOURCE_EXHAUSTED: ")[2]
-        return _failed(arguments, f"out of memory ({reason[:100].rstrip('. ')}): {arguments.memory}", 1)
+        reason = line(str(error)).rpartition("RESOURCE_EXHAUSTED: ")[2][:100].rstrip(". ")
+        return _failed(arguments, f"out of memory{f' ({reason})' if reason else ''}: {arguments.memory}", 1)
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:

@@ -17,7 +17,7 @@ up; "svd" is the best adapter of a rank for the sum. TIES and DARE prune each
 """
 EXAMPLES = """\
 examples:
-  lora-jax combine --model base --adapter law=0.7 --adapter french=0.3 --out both
+  lora-jax combine --model base --adapter law=0.7 --adapter fr=0.3 --out both
   lora-jax combine --model base --adapter law --adapter french --out both \\
     --method svd --rank 16
   lora-jax combine --model base --adapter law --adapter french --out both \\

@@ -38,7 +38,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Converts."""
     from lora_jax.cli.base import adapters_of, hub_name, task_type
-    from lora_jax.formats import native, peft
+    from lora_jax.finetune.base import LABELS
+    from lora_jax.formats import atomic, native, peft
 
     if arguments.portable and arguments.to == "native":
         raise ValueError("--portable does nothing with --to native: leave it out")
@@ -58,4 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
             base_model_name_or_path=hub_name(arguments.model),
             task_type=task_type(base),
         )
+        labels = (arguments.adapter if arguments.adapter.is_dir() else arguments.adapter.parent) / LABELS
+        if labels.is_file():  # of a classifier's classes, beside whose adapter they are
+            atomic.write(arguments.out / LABELS, labels.read_bytes())
     print(f"{arguments.out}: written")

@@ -22,8 +22,8 @@ lora_jax.load), results.json, and figure.png.
 
 examples:
   lora-jax demo                         the whole comparison
-  lora-jax demo --quick                 all of it in a minute, too short to learn
-  lora-jax demo --full                  full fine-tuning too, in two more minutes
+  lora-jax demo --quick                 all in a minute, too short to learn
+  lora-jax demo --full                  full fine-tuning too, two more minutes
   lora-jax demo --rank 2 --seed 1       a smaller adapter, another draw
   lora-jax demo --model ~/bert-base     a BERT of yours
   lora-jax demo --model hf://google-bert/bert-base-uncased

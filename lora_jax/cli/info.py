@@ -46,10 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     options.check_new(arguments.json)
     found = contents(arguments.adapter)
+    misfit = _misfit(arguments.model, arguments.adapter) if arguments.model else None
     print(_shown(found, arguments.adapter))
-    misfit = None
     if arguments.model:
-        misfit = _misfit(arguments.model, arguments.adapter)
         print(f"\nIt does not fit {arguments.model}: {misfit}" if misfit else f"\nIt fits {arguments.model}.")
     options.write_json(arguments.json, _numbers(found) | ({"fits": not misfit} if arguments.model else {}))
     return 1 if misfit else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lora_jax.cli.options import whole
+from lora_jax.cli.options import add_json, whole
 
 HELP = "what a training step takes: memory, arithmetic, network, time; and on how many chips"
 DESCRIPTION = """\
@@ -47,7 +47,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="what of a layer the backward pass makes anew: nothing, all but products of weights (default), everything",
     )
     option("--chip", metavar="NAMES", help="H100,H200,v5e,v5p,v6e, or some of these (default: all)")
-    option("--json", metavar="FILE", type=Path, help="all numbers, for programs")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -74,12 +74,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     groups["files"].add_argument("--json", metavar="FILE", type=Path, help="what was found, for programs")
     for name, field in FIELDS.items():
         kind, options = str(field.type), dict[str, Any]()
-        if kind == "bool":
+        if kind.startswith("bool"):
             options = {"action": argparse.BooleanOptionalAction}
-        elif kind.startswith(("tuple", "dict")):
-            options = {"nargs": "+", "action": "extend"}
-        if kind != "bool":
-            options["metavar"] = _metavar(field)
+        else:
+            several = {"nargs": "+", "action": "extend"} if kind.startswith(("tuple", "dict")) else {}
+            options = {"metavar": _metavar(field), **several}
         groups[field.metadata["group"]].add_argument(
             "--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=_help(field), dest=name, **options
         )

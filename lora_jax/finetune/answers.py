@@ -104,8 +104,8 @@ def answers(
             params = None
             params = for_adapter(directory, name, dtype=options.dtype)[1]
             held = model
-        attached = lora.attach(params, lora_params)
-        yield BASE if name is None else name, _made(model, attached, tokens, tokenizer, directory, options)
+        attached, adapted = lora.attach(params, lora_params), bool(lora_params)
+        yield BASE if name is None else name, _made(model, attached, adapted, tokens, tokenizer, directory, options)
 
 
 def _opened(directory: Path, name: str | None, dtype: str | None) -> tuple[Any, LoraParams]:
@@ -134,16 +134,24 @@ def _check_lengths(given: Sequence[Prompt], tokens: Sequence[Tokens], model: Any
 
 
 def _made(
-    model: Any, params: Any, tokens: Sequence[Tokens], tokenizer: Tokenizer, directory: Path, options: Options
+    model: Any,
+    params: Any,
+    adapted: bool,
+    tokens: Sequence[Tokens],
+    tokenizer: Tokenizer,
+    directory: Path,
+    options: Options,
 ) -> list[Answer]:
     """All answers of one model, some prompts at a time, in batches of one shape."""
     length, rows = max(len(own.ids) for own in tokens), min(ROWS, len(tokens))
     make: Callable[..., list[Answer]]
     if isinstance(model, Classifier):
-        make = functools.partial(_classified, model, jax.jit(lora.lift(model.apply)), params)
+        apply = jax.jit(lora.lift(model.apply) if adapted else model.apply)
+        make = functools.partial(_classified, model, apply, params)
     else:
         stops = prompts.ends(directory, tokenizer)
-        write = jax.jit(lora.lift(functools.partial(_write, model, options, stops, tokenizer.pad)))
+        write = functools.partial(_write, model, options, stops, tokenizer.pad)
+        write = jax.jit(lora.lift(write)) if adapted else write
         make = functools.partial(_written, write, params, stops, tokenizer, options)
     found: list[Answer] = []
     for start in range(0, len(tokens), rows):

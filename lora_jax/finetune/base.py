@@ -76,7 +76,7 @@ def for_adapter(
 ) -> tuple[Any, Any]:
     """The model that an adapter was made for, and its variables.
 
-    It is a classifier where the adapter has the head of one, and its layers are not stacked where the adapter's are not.
+    It is a classifier where the adapter has the head of one, and has its layers stacked unless the adapter has not.
 
     Args:
       directory: Of the model; it may be that of an encoder alone.

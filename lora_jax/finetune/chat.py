@@ -211,6 +211,7 @@ def _compiled(source: str, where: str) -> Any:
     try:
         import jinja2
         import jinja2.ext
+        import jinja2.nodes
         import jinja2.sandbox
     except ModuleNotFoundError:
         message = f"the chat template of {where} needs jinja2: pip install 'lora-jax[train]'"

@@ -16,6 +16,8 @@ from lora_jax.finetune.settings import Settings
 from lora_jax.finetune.sources import Record, read
 from lora_jax.finetune.tokenizer import Tokenizer
 
+MANY = 100  # classes: with fewer examples each may be one's only one
+
 
 class Counts(NamedTuple):
     """What a part of the data comes to.
@@ -143,24 +145,29 @@ def _length(settings: Settings, task: str, positions: int) -> int:
 
 def _classes(
     examples: Sequence[Example], tests: Sequence[Example], known: Sequence[str]
-) -> tuple[list[int | str], tuple[str, ...]]:
+) -> tuple[list[Any], tuple[str, ...]]:
     """All labels in the order of their classes, and the names of these."""
     first = examples[0]
     for example in (*examples, *tests):
         if type(example.label) is not type(first.label):
             what = f"{example.where}: its label is {example.label!r}, and that of {first.where} is {first.label!r}"
             raise ValueError(f"{what}: write all as whole numbers, or all as strings")
-    found = {example.label for example in examples if example.label is not None}
+    found: set[Any] = {example.label for example in examples}
     numbers = all(str(label).isdecimal() for label in found)  # also those of .csv, which are strings
     order = sorted(found, key=(lambda label: (int(label), str(label))) if numbers else str)
     names = tuple(map(str, order))
     if known:
         by_number = numbers and not found <= {*known}
-        order, names = [type(first.label)(i) for i in range(len(known))] if by_number else [*known], tuple(known)  # pyright: ignore[reportOptionalCall, reportCallIssue]
+        kind: Any = type(first.label)
+        order, names = [kind(i) for i in range(len(known))] if by_number else [*known], tuple(known)
     elif len(order) < 2:
         raise ValueError(f"{first.where}: all labels are {first.label!r}: there is nothing to tell apart; add others")
+    elif len(order) == len(examples) > MANY:
+        what = f"{first.where}: each of {len(order)} examples has a label of its own, as {first.label!r}"
+        raise ValueError(f"{what}: name the column that has labels, as --columns label=NAME")
+    every = {*order}
     for example in (*examples, *tests):
-        if example.label not in order:
+        if example.label not in every:
             whose = "the model's" if known else "those of --data"
             few = ", ".join(map(repr, order[:5])) + (" ..." if len(order) > 5 else "")
             what = f"{example.where}: its label is {example.label!r}, which is none of {whose}: {few}"

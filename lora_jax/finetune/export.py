@@ -20,7 +20,7 @@ def export(job: Job, task: Any, frozen: Any, lora_params: Any) -> dict[str, Any]
     """Writes the adapter, relative to the model as it is on the disk.
 
     Returns:
-      `peft`: why there is no folder for PEFT, or None; `parameters`: how many numbers train.
+      `peft`: why there is no folder for PEFT, or None; `parameters`: how many numbers train; `labels`: the classes.
 
     Raises:
       OSError: A file cannot be written.
@@ -39,4 +39,4 @@ def export(job: Job, task: Any, frozen: Any, lora_params: Any) -> dict[str, Any]
     if (out / folder.LOG).is_file():
         draw(journal.read(out / folder.LOG), out / folder.FIGURE)
     trained = lora.summary(base, lora_params).trained
-    return {"peft": why, "parameters": trained}
+    return {"peft": why, "parameters": trained, "labels": [*job.data.labels]}

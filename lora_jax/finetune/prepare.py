@@ -97,8 +97,8 @@ def prepare(settings: Settings) -> Job:
     if settings.patience and data.test is None:
         raise ValueError(f"--patience {settings.patience}: nothing is held out: give --eval-share or --eval-data")
     base = _base(settings, directory, data.labels, abstract=True)
-    shardings = where.base(base.model)
-    base = _base(settings, directory, data.labels, abstract=True, shardings=shardings)
+    if (shardings := where.base(base.model)) is not None:
+        base = _base(settings, directory, data.labels, abstract=True, shardings=shardings)
     batches = Batches(data.train, settings.batch, settings.seed)
     steps = settings.steps or max(1, round(settings.epochs * len(data.train) / settings.batch))
     own = tasks.of(_built(settings, where, base.model))

@@ -62,11 +62,11 @@ def _told(lines: Sequence[Mapping[str, Any]], left: str) -> str:
     """The mean loss of some steps, and what else there is of the last.
 
     >>> _told([{"loss": 2.0, "grad_norm": 0.5, "tokens_per_second": 1200.0}], "0:01:00")
-    'loss 2.000  gradient 0.500  1.2 k tokens/s  0:01:00 left'
+    'loss 2.000  gradient 0.5  1.2 k tokens/s  0:01:00 left'
     """
     last, loss = lines[-1], sum(line["loss"] for line in lines) / len(lines)
     speed = quantity(last["tokens_per_second"])
-    return f"loss {loss:.3f}  gradient {last['grad_norm']:.3f}  {speed} tokens/s  {left} left"
+    return f"loss {loss:.3f}  gradient {last['grad_norm']:.3g}  {speed} tokens/s  {left} left"
 
 
 def _evaluated(line: Mapping[str, Any]) -> str:

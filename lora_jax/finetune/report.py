@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 import textwrap
 from typing import Any
 
@@ -101,15 +102,17 @@ def ended(settings: Settings, found: dict[str, Any]) -> dict[str, Any]:
     else:
         print("and PEFT's adapter_config.json and adapter_model.safetensors.")
     print("\nTo go on:\n")
-    for line in following(settings, bool(found["peft"])):
+    for line in following(settings, bool(found.get("labels"))):
         print(f"  {line}")
     return found
 
 
-def following(settings: Settings, native: bool) -> list[str]:
+def following(settings: Settings, classifies: bool) -> list[str]:
     """Commands that work with what was written."""
-    model, out = settings.model, settings.out
+    model, out = shlex.quote(settings.model), shlex.quote(settings.out)
+    prompt = "A text to classify." if classifies else "How it goes on from here:"
     return [
+        f'lora-jax generate --model {model} --adapter {out} --prompt "{prompt}"',
         f"lora-jax info {out} --model {model}",
         f"lora-jax merge --model {model} --adapter {out} --out {out}-merged",
         f"lora-jax train --config {out}/{folder.SETTINGS} --seed 1 --out {out}-1",

@@ -118,7 +118,8 @@ def padded(examples: Sequence[Example], length: int, pad: int, labels: Sequence[
     else:
         if types := [example.types for example in examples if example.types is not None]:
             columns["token_type_ids"] = np.concatenate(types).astype(np.int32)
-        numbers = np.array([labels.index(example.label) for example in examples], np.int32)
+        number = {label: i for i, label in enumerate(labels)}
+        numbers = np.array([number[example.label] for example in examples], np.int32)
     starts = np.concatenate([[0], np.cumsum([len(example.ids) for example in examples])])
     return Rows(columns, starts, _widths(length), pad, numbers)
 
@@ -144,7 +145,7 @@ class Batches:
         """The batch of a step, counted from 0."""
         places = np.arange(step * self.size, (step + 1) * self.size)
         passes, places = np.divmod(places, len(self.rows))
-        return self.rows.take([self._order(int(n))[i] for n, i in zip(passes, places, strict=True)])
+        return self.rows.take([int(self._order(int(n))[i]) for n, i in zip(passes, places, strict=True)])
 
     def __iter__(self) -> Batches:
         return self

@@ -82,7 +82,7 @@ def _jsonl(file: Path) -> Numbered:
         if not line.strip():
             continue
         try:
-            fields = json.loads(line)
+            fields = json.loads(line.rstrip("\r\n"))
         except json.JSONDecodeError as error:
             at = f"{file}:{number}: no JSON at column {error.colno} ({error.msg})"
             raise ValueError(f'{at}: each line is one object, as {{"text": ...}}; correct it') from None

@@ -92,8 +92,11 @@ class Classification:
         counts = labels >= 0
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counts, labels, 0))
         right = jnp.argmax(logits, axis=-1) == labels
-        rows = self.weight(batch)
-        return {"loss": jnp.sum(losses, where=counts) / rows, "accuracy": jnp.sum(right, where=counts) / rows}
+        rows = jnp.sum(counts, dtype=jnp.float32)
+        return {
+            "loss": jnp.sum(losses, where=counts) / rows,
+            "accuracy": jnp.sum(right, where=counts, dtype=jnp.float32) / rows,
+        }
 
     @staticmethod
     def weight(batch: Mapping[str, jax.Array]) -> jax.Array:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from lora_jax.finetune import documents
 from lora_jax.finetune.chat import Template
 from lora_jax.formats.huggingface.directory import CONFIG, read_json
 
@@ -61,7 +62,7 @@ class Tokenizer:
         file = directory / TOKENIZER
         vocabulary = fast.get_vocab(with_added_tokens=True)
         added = {token.content for token in fast.get_added_tokens_decoder().values()}
-        largest = max((number, token) for token, number in vocabulary.items() if token not in added or not added)
+        largest = max(((number, token) for token, number in vocabulary.items() if token not in added), default=(0, ""))
         _fits(
             f"'{file}'", largest[1], largest[0], vocab_size
         )  # added ones may be of other modalities, never to come up
@@ -106,7 +107,12 @@ class Tokenizer:
 
     def ids(self, texts: Sequence[str], where: Sequence[str]) -> list[np.ndarray]:
         """Tokens of texts, int32, with those that the tokenizer sets around a text; faster than `encode`."""
-        found = [np.array(x.ids, np.int32) for x in self.fast.encode_batch_fast(texts)]
+        short = [text for text in texts if len(text) <= documents.PART]
+        encoded = iter(self.fast.encode_batch_fast(short))
+        found = [
+            np.array(next(encoded).ids, np.int32) if len(text) <= documents.PART else documents.encode(self.fast, text)
+            for text in texts
+        ]
         self.check(found, where)
         return found
 
@@ -155,7 +161,7 @@ def _keep_spaces(processor: Any) -> None:
             part["trim_offsets"] = False
 
 
-def _fits(whose: str, token: str, number: int, vocab_size: int) -> None:
+def _fits(whose: str, token: str | None, number: int, vocab_size: int) -> None:
     if number >= vocab_size:
         raise ValueError(
             f"{whose} gives {token!r} the id {number}, and the model's embedding has {vocab_size} rows: take the "

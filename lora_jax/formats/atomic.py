@@ -104,7 +104,7 @@ def _check_space(folder: Path, size: int) -> None:
     """Raises where a folder's disk has less than this free, if it says how much it has."""
     free = shutil.disk_usage(folder).free
     if size > free:
-        cause = f"it takes {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free"
+        cause = f"it takes {size / 1e6:,.3f} MB, and {free / 1e6:,.3f} MB are free"
         raise OSError(errno.ENOSPC, cause)
 
 

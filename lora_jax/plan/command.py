@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 import lora_jax as lora
+from lora_jax.cli.options import check_new, write_json
 from lora_jax.models.llama import Config
 from lora_jax.plan.chips import CHIPS, Chip
 from lora_jax.plan.plan import LARGEST, plan, smallest
@@ -29,6 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
       OSError: There is no such file.
       ValueError: An argument does not make sense, or does not fit the model.
     """
+    check_new(arguments.json)
     mesh = _mesh(arguments.mesh)
     chips = _chips(arguments.chip)
     pattern = TARGETS.get(arguments.targets, arguments.targets)
@@ -52,8 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
         by_chip = smallest(job, chips)
         print(report_smallest(job, by_chip, chips))
         written = {name: made.as_dict() for name, made in by_chip.items()}
-    if arguments.json:
-        arguments.json.write_text(json.dumps(written, indent=1) + "\n")
+    write_json(arguments.json, written)
 
 
 def _virtual_devices(number: int) -> None:
@@ -64,6 +65,9 @@ def _virtual_devices(number: int) -> None:
 
 def _config(path: Path) -> Config:
     file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        what = f"there is no config.json in '{path}'" if path.is_dir() else f"'{path}' is no file and no directory"
+        raise FileNotFoundError(f"{what}: give a Hugging Face config.json, or a directory that has one")
     try:
         content = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

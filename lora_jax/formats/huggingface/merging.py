@@ -120,7 +120,8 @@ def _made(
             if not np.isfinite(exact).all():
                 raise ValueError(_not_finite(path, name, np.isfinite(before).all()))
             narrow = np.dtype(to).itemsize < exact.itemsize
-            rounded = rounding.stochastic(draws, exact, to) if draws is not None and narrow else exact.astype(to)
+            with np.errstate(over="ignore"):  # it is an error below
+                rounded = rounding.stochastic(draws, exact, to) if draws is not None and narrow else exact.astype(to)
             if narrow and not np.isfinite(rounded).all():
                 raise ValueError(f"'{name}': merged weights exceed {to.name}: merge in float32 or bfloat16")
             if narrow and report:

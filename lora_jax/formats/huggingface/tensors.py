@@ -219,7 +219,11 @@ def _write(stream: Any, name: str, tensor: Any, dtype: np.dtype[Any]) -> None:
     x = x if x.ndim else x[None]
     step = rows_of_block(x.shape, x.dtype)
     for i in range(0, len(x), step):
-        stream.write(_bytes(np.ascontiguousarray(x[i : i + step], dtype)))
+        with np.errstate(over="ignore"):  # it is an error below
+            block = np.ascontiguousarray(x[i : i + step], dtype)
+        if block.dtype != x.dtype and np.isinf(block).sum() > np.isinf(x[i : i + step]).sum():
+            raise ValueError(f"'{name}' has values that {block.dtype} cannot hold: cast to float32 or bfloat16")
+        stream.write(_bytes(block))
 
 
 def _bytes(x: np.ndarray) -> memoryview:
