@@ -45,8 +45,14 @@ def train(out: Path, name: str, way: list[str], *options: str) -> dict[str, Any]
     return {"wall_seconds": round(seconds, 1), **found, "bytes": sizes}
 
 
+def pretrained(out: Path) -> float:
+    """Makes base, topics.jsonl and held_out.jsonl; the seconds."""
+    return call(out, "python", str(HERE / "pretrain.py"))
+
+
 def tuned(out: Path) -> None:
     """Perplexity on a part of the topics to train on, for each learning rate."""
+    pretrained(out)
     for variant, rates in RATES.items():
         for rate in rates:
             name = f"tune-{variant}-{rate}"
@@ -56,9 +62,7 @@ def tuned(out: Path) -> None:
 
 def session(out: Path, seeds: range) -> dict[str, Any]:
     """All of it: the base once, LoRA and full fine-tuning for each seed, and what is done with the first adapter."""
-    found: dict[str, Any] = {}
-    if not (out / "base").exists():
-        found["pretrain"] = {"wall_seconds": call(out, "python", str(HERE / "pretrain.py"))}
+    found: dict[str, Any] = {"pretrain": {"wall_seconds": pretrained(out)}}
     for seed in seeds:
         for variant, way in WAYS.items():
             name = {"LoRA": "lora", "Full": "full"}[variant] + (f"-{seed}" if seed else "")
