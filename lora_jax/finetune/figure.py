@@ -30,7 +30,7 @@ def draw(log: Sequence[Mapping[str, Any]], file: Path) -> bool:
     smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
     axes.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.8, marker="." if len(steps) < 3 else None)
     mean = f"training, mean of {window} steps" if window > 1 else "training"
-    axes.plot(steps[window - 1 :], smooth, color="C0", label=mean)
+    axes.plot(steps[window // 2 :][: len(smooth)], smooth, color="C0", label=mean)
     if tests:
         axes.plot(*zip(*tests, strict=True), color="C1", marker="o", label="held out")
     axes.set(xlabel="step", ylabel="cross-entropy (nats)")
