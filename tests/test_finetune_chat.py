@@ -10,10 +10,10 @@ import pytest
 import tiny_tokenizers as tiny
 import tokenizers
 
-from lora_jax.finetune.chat import spans
-from lora_jax.finetune.rendering import _inside
-from lora_jax.finetune.template import Template
-from lora_jax.finetune.tokenizer import Tokenizer
+from lora_jax.finetune.data.chat import spans
+from lora_jax.finetune.data.rendering import _inside
+from lora_jax.finetune.data.template import Template
+from lora_jax.finetune.data.tokenizer import Tokenizer
 
 REFERENCES = json.loads((Path(__file__).parent / "fixtures/chat_references.json").read_text())
 VARIABLES = {"bos_token": "<s>", "eos_token": "</s>"}

@@ -16,14 +16,14 @@ import tiny_tokenizers as tiny
 
 import lora_jax as lora
 from lora_jax import training
-from lora_jax.finetune import dataset, documents, preview, sources
-from lora_jax.finetune.fitting import fitted
-from lora_jax.finetune.holding import held_out
-from lora_jax.finetune.rendering import Example
-from lora_jax.finetune.rows import Batches, packed, padded
+from lora_jax.finetune.data import dataset, documents, preview, sources
+from lora_jax.finetune.data.fitting import fitted
+from lora_jax.finetune.data.holding import held_out
+from lora_jax.finetune.data.rendering import Example
+from lora_jax.finetune.data.rows import Batches, packed, padded
+from lora_jax.finetune.data.tokenizer import Tokenizer
 from lora_jax.finetune.settings import Settings
 from lora_jax.finetune.task import LanguageModel
-from lora_jax.finetune.tokenizer import Tokenizer
 from lora_jax.models import names
 from lora_jax.models.llama import Config, Llama
 

@@ -11,7 +11,7 @@ import lora_jax as lora
 from lora_jax import cli, models
 from lora_jax.finetune import prompts
 from lora_jax.finetune.base import open_base
-from lora_jax.finetune.tokenizer import Tokenizer
+from lora_jax.finetune.data.tokenizer import Tokenizer
 from lora_jax.formats import peft
 
 RULES = {r".*/(query|down)/kernel": lora.LoRA(2)}

@@ -17,8 +17,8 @@ from lora_jax import models
 from lora_jax.factors import LoraParams
 from lora_jax.finetune import prompts
 from lora_jax.finetune.base import for_adapter
+from lora_jax.finetune.data.tokenizer import Tokenizer
 from lora_jax.finetune.prompts import Prompt, Tokens
-from lora_jax.finetune.tokenizer import Tokenizer
 from lora_jax.formats import adapter, huggingface
 from lora_jax.models.classifier import Classifier
 from lora_jax.models.decoder import Decoder

@@ -15,7 +15,7 @@ import numpy as np
 
 import lora_jax
 from lora_jax.finetune.configuration import as_json, written
-from lora_jax.finetune.rows import Rows
+from lora_jax.finetune.data.rows import Rows
 from lora_jax.finetune.settings import Settings
 from lora_jax.formats import atomic
 

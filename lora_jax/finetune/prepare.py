@@ -14,17 +14,17 @@ import numpy as np
 
 import lora_jax as lora
 from lora_jax import training
-from lora_jax.finetune import dataset
 from lora_jax.finetune import task as tasks
 from lora_jax.finetune.base import Base, known_labels, open_base
+from lora_jax.finetune.data import dataset
+from lora_jax.finetune.data.rows import Batches
+from lora_jax.finetune.data.tokenizer import Tokenizer
 from lora_jax.finetune.optimizing import optimizer, schedule
 from lora_jax.finetune.placing import Placing, placing
 from lora_jax.finetune.programs import Programs
-from lora_jax.finetune.rows import Batches
 from lora_jax.finetune.settings import Settings
 from lora_jax.finetune.targets import rules
 from lora_jax.finetune.task import LanguageModel
-from lora_jax.finetune.tokenizer import Tokenizer
 from lora_jax.finetune.variant import variant_of
 from lora_jax.formats import huggingface
 from lora_jax.formats.huggingface.directory import CONFIG, read_json

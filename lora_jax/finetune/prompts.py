@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.finetune.kinds import TEMPLATED, is_chat
-from lora_jax.finetune.sources import Record, read
-from lora_jax.finetune.tokenizer import GENERATION, Tokenizer
+from lora_jax.finetune.data.kinds import TEMPLATED, is_chat
+from lora_jax.finetune.data.sources import Record, read
+from lora_jax.finetune.data.tokenizer import GENERATION, Tokenizer
 from lora_jax.formats.huggingface.directory import CONFIG, read_json
 
 

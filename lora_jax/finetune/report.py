@@ -12,8 +12,8 @@ import numpy as np
 
 import lora_jax as lora
 from lora_jax.finetune import folder
+from lora_jax.finetune.data.preview import shown
 from lora_jax.finetune.prepare import Job, Shapes
-from lora_jax.finetune.preview import shown
 from lora_jax.finetune.programs import Memory
 from lora_jax.finetune.settings import Settings
 from lora_jax.finetune.variant import from_data, learning_rate

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from lora_jax.finetune.rendering import Example
+from lora_jax.finetune.data.rendering import Example
 
 TOO_LONG = ("error", "truncate", "drop")
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lora_jax.finetune.rendering import Example
-from lora_jax.finetune.tokenizer import Tokenizer
+from lora_jax.finetune.data.rendering import Example
+from lora_jax.finetune.data.tokenizer import Tokenizer
 
 WIDTH = 80  # columns of a terminal
 OPEN, CLOSE = "⟦", "⟧"

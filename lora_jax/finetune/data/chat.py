@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lora_jax.finetune.template import Message, Spans, Template
+from lora_jax.finetune.data.template import Message, Spans, Template
 
 MARK = "\ufdd0"  # Unicode keeps this for use inside of programs
 

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 
-from lora_jax.finetune import chat
-from lora_jax.finetune.kinds import Kind, is_chat
-from lora_jax.finetune.sources import Record
-from lora_jax.finetune.template import Spans
-from lora_jax.finetune.tokenizer import Tokenizer
+from lora_jax.finetune.data import chat
+from lora_jax.finetune.data.kinds import Kind, is_chat
+from lora_jax.finetune.data.sources import Record
+from lora_jax.finetune.data.template import Spans
+from lora_jax.finetune.data.tokenizer import Tokenizer
 
 TOGETHER = 1 << 21  # characters that are encoded at a time, by all cores: a hundred megabytes or so of their tokens
 

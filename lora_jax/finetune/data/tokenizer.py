@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from lora_jax.finetune import documents
-from lora_jax.finetune.template import Template
+from lora_jax.finetune.data import documents
+from lora_jax.finetune.data.template import Template
 from lora_jax.formats.huggingface.directory import CONFIG, read_json
 
 TOKENIZER, TOKENIZER_CONFIG, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.finetune.fitting import TOO_LONG, fitted
-from lora_jax.finetune.holding import held_out, parted, without
-from lora_jax.finetune.kinds import KINDS, Kind, typed
-from lora_jax.finetune.rendering import Example, render
-from lora_jax.finetune.rows import Rows, packed, padded
+from lora_jax.finetune.data.fitting import TOO_LONG, fitted
+from lora_jax.finetune.data.holding import held_out, parted, without
+from lora_jax.finetune.data.kinds import KINDS, Kind, typed
+from lora_jax.finetune.data.rendering import Example, render
+from lora_jax.finetune.data.rows import Rows, packed, padded
+from lora_jax.finetune.data.sources import Record, read
+from lora_jax.finetune.data.tokenizer import Tokenizer
 from lora_jax.finetune.settings import Settings
-from lora_jax.finetune.sources import Record, read
-from lora_jax.finetune.tokenizer import Tokenizer
 
 MANY = 100  # classes: with fewer examples each may be one's only one
 

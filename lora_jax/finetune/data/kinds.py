@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from lora_jax.finetune.sources import Record, kind_of_value
+from lora_jax.finetune.data.sources import Record, kind_of_value
 
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can write and UTF-8 cannot
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lora_jax.finetune.rendering import Example
-from lora_jax.finetune.sources import Record
+from lora_jax.finetune.data.rendering import Example
+from lora_jax.finetune.data.sources import Record
 
 REMEDY = "give a file as --eval-data, or --eval-share 0 to train without an evaluation"
 

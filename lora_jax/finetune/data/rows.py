@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.finetune.rendering import Example
+from lora_jax.finetune.data.rendering import Example
 
 NARROWEST = 32  # tokens: narrower programs are hardly faster
 Batch = dict[str, np.ndarray]
