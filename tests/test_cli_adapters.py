@@ -198,7 +198,7 @@ def test_info(here, capsys, what):
     assert found["trained"] == tree.nbytes(loaded) // 4
     for other, status in (("other", 1), ("gpt2", 1)):
         assert call(f"info {what} --model {other}") == status
-        assert f"It does not fit {other}: " in capsys.readouterr().out
+        assert f"It does not fit {other}: made for another base" in capsys.readouterr().out
 
 
 def test_info_of_pefts_folder(here, capsys):
@@ -269,6 +269,8 @@ WRONG = {
     f"{MERGE} --dtype int8": "invalid choice: 'int8'",
     f"{MERGE} --force": "unrecognized arguments: --force",
     f"{MERGE} --json half/found/x.json": "no directory",
+    f"{MERGE} --json new": "--json new: --out is written there",
+    "extract --model llama --tuned other --rank 2 --out new --json new": "--out is written there",
     "convert --model llama --adapter llama-0 --to native --portable --out new": "--portable does nothing",
     "convert --model llama --adapter llama-0 --to native --out empty": "a folder, and a native adapter is a file",
     "convert --model llama --adapter mixed.safetensors --to peft --out new": "holds adapters of one kind",

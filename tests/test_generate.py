@@ -121,3 +121,5 @@ def test_sites_of_a_pattern(model, capsys):
     assert cli.main(["sites", str(model), "--targets", ".*/up/kernel"]) == 0
     printed = capsys.readouterr().out
     assert "params/layers/mlp/up/kernel" in printed and "down" not in printed
+    assert cli.main(["sites", str(model), "--targets", ".*/up/kernel", "--rank", "17"]) == 0
+    assert "rank 17 is too high for params/layers/mlp/up/kernel, 16 at most" in capsys.readouterr().out
