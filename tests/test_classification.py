@@ -157,6 +157,9 @@ def test_peft_has_the_head_and_the_labels_come_back(plain, poolerless, run, tmp_
     with pytest.raises(ValueError, match="labels.json' names"):
         base.write_labels(tmp_path / "peft", ["only"])
         base.for_adapter(plain, tmp_path / "peft")
+    (tmp_path / "peft" / "labels.json").write_text("no, yes")
+    with pytest.raises(ValueError, match="labels.json' is no JSON"):
+        base.for_adapter(plain, tmp_path / "peft")
 
 
 def test_merged_and_shown_as_what_is_lifted(plain, run, tmp_path, capsys):

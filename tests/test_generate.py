@@ -123,3 +123,11 @@ def test_sites_of_a_pattern(model, capsys):
     assert "params/layers/mlp/up/kernel" in printed and "down" not in printed
     assert cli.main(["sites", str(model), "--targets", ".*/up/kernel", "--rank", "17"]) == 0
     assert "rank 17 is too high for params/layers/mlp/up/kernel, 16 at most" in capsys.readouterr().out
+
+
+def test_an_adapter_that_diverged(model, tmp_path, capsys):
+    base, lora_params = tiny.adapter(tmp_path / "whole.safetensors", model, RULES)
+    lora.save(tmp_path / "nan.safetensors", jax.tree.map(lambda x: x.at[..., 0].set(np.nan), lora_params), base.params)
+    words = ["generate", "--model", model, "--adapter", tmp_path / "nan.safetensors", "--prompt", "a"]
+    assert cli.main([*map(str, words), "--max-new-tokens", "2"]) == 2
+    assert "not finite: take an adapter from before training diverged" in capsys.readouterr().err
