@@ -86,8 +86,9 @@ def prepare(settings: Settings) -> Job:
     config = read_json(directory / CONFIG)
     kind = settings.task or ("classification" if config.get("model_type") == "bert" else "lm")
     classes = (known_labels(directory) or ()) if kind == "classification" else ()
-    tokenizer = Tokenizer.of(directory, config.get("vocab_size", 0), settings.chat_template)
-    positions = config.get("max_position_embeddings", config.get("n_positions", 1024))
+    vocab_size = _whole(directory, config, "vocab_size")
+    tokenizer = Tokenizer.of(directory, vocab_size, settings.chat_template, settings.date)
+    positions = _whole(directory, config, "max_position_embeddings", "n_positions", default=1024)
     data = dataset.of(settings, tokenizer, kind, positions=positions, classes=classes)
     if kind == "lm" and not data.counts.counted:
         raise ValueError(
@@ -107,6 +108,15 @@ def prepare(settings: Settings) -> Job:
     chosen = rules(settings.targets, variant, sites, whole=whole)
     key = jax.random.key(settings.seed)
     return Job(settings, directory, own, base.params, tokenizer, data, batches, sites, chosen, where, steps, key)
+
+
+def _whole(directory: Path, config: Mapping[str, Any], *names: str, default: int = 0) -> int:
+    """What config.json has by the first of these names that is in it."""
+    name = next((name for name in names if name in config), None)
+    found = default if name is None else config[name]
+    if type(found) is not int:
+        raise ValueError(f"'{directory / CONFIG}': {name} is {found!r}, and no whole number: download it anew")
+    return found
 
 
 def opened(job: Job) -> Base:

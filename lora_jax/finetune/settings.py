@@ -38,6 +38,9 @@ class Settings:
     chat_template: str | None = _field(
         None, "data", "a chat template in Jinja, instead of the tokenizer's", metavar="FILE"
     )
+    date: str | None = _field(
+        None, "data", "the day that a chat template is told it is, as 2025-01-31; default: today", metavar="DAY"
+    )
     length: int | None = _field(
         None, "data", "tokens of a row; default: 512, or what the model has positions for", least=2
     )
