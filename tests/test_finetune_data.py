@@ -575,7 +575,8 @@ def test_a_preview_marks_what_counts_in_80_columns(tmp_path, of):
         assert "⟦ w" in body and body.endswith("é</s>⟧") and body.count("⟦") == 1
         assert f"{int(found.first.mask.sum())} of them predicted" in text
     long = Example(np.arange(4, 260, dtype=np.int32).repeat(20), np.ones(5120, bool), "a.txt:1")
-    wild = preview.shown(built(write(tmp_path / "w.jsonl", [{"text": "a\x9b\u2028b"}]), of["bytes"]).first, of["bytes"])
+    found = built(write(tmp_path / "w.jsonl", [{"text": "a\x9b\u2028b"}]), of["bytes"])
+    wild = preview.shown(found.first._replace(where="a:1"), of["bytes"])
     assert len(wild.splitlines()) == wild.count("\n") + 1 == 2 and r"\x9b\u2028" in wild
     assert len(preview.shown(long, of["bytes"], lines=10).splitlines()) <= 11
 

@@ -405,6 +405,11 @@ WRONG = {
     "prune": (words(prune_to=2, out="x"), "take AdaLoRA"),
     "loftq": (words(init="loftq", out="x"), "quantized base"),
     "no init": (words(init="pisa", out="x"), "--init pisa: known are normal, uniform"),
+    "no pattern that trains": (
+        words(targets="attention", trains="[", out="x"),
+        "--trains [: it is no regular expression",
+    ),
+    "a long seed": (words(seed=2**32, out="x"), "0 or more and below 4294967296"),
     "no day": (words(date="tomorrow", out="x"), "--date tomorrow: it is no day"),
     "no folder of a json": (words(json="no/x.json", out="x"), "'no' is no directory"),
     "a json that is there": (words(json="texts.jsonl", out="x"), "nothing is overwritten"),

@@ -18,6 +18,7 @@ from lora_jax.finetune import task as tasks
 from lora_jax.finetune.base import Base, known_labels, open_base
 from lora_jax.finetune.data import dataset
 from lora_jax.finetune.data.rows import Batches
+from lora_jax.finetune.data.template import day
 from lora_jax.finetune.data.tokenizer import Tokenizer
 from lora_jax.finetune.optimizing import optimizer, schedule
 from lora_jax.finetune.placing import Placing, placing
@@ -80,6 +81,8 @@ def prepare(settings: Settings) -> Job:
             raise ValueError(f"--{name} is missing: give it as a flag, or as {name!r} in --config")
     if settings.patience and not settings.eval_every:
         raise ValueError(f"--patience {settings.patience} counts evaluations: say how often, as --eval-every 50")
+    if settings.date is not None:
+        day(settings.date)
     variant = variant_of(settings)
     where = placing(settings.mesh, settings.batch, settings.accumulate)
     directory = huggingface.directory_of(settings.model)

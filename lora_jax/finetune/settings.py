@@ -120,7 +120,7 @@ class Settings:
     lora_plus_ratio: float | None = _field(
         None, "training", "how much faster B learns than A (LoRA+, 16 in its paper); default: as fast", above=0
     )
-    seed: int = _field(0, "training", "of all that is random: the same seed gives the same bits", least=0)
+    seed: int = _field(0, "training", "of all that is random: the same seed gives the same bits", least=0, below=2**32)
 
     precision: str | None = _field(
         None,

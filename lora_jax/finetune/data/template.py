@@ -44,7 +44,7 @@ class Template:
         date: str | None = None,
     ):
         self.source, self.where, self.variables, self.special = source, where, variables, special
-        self.now = None if date is None else _day(date)
+        self.now = None if date is None else day(date)
         self._compiled: Any = None
 
     def render(self, messages: Sequence[Message], where: str, *, prompt: bool = False, **options: Any) -> str:
@@ -112,10 +112,13 @@ def _blocks(marked: str, where: str) -> tuple[str, Spans]:
     return "".join(parts[::2]), spans
 
 
-def _day(date: str) -> datetime.datetime:
+def day(date: str) -> datetime.datetime:
     """The first moment of a day.
 
-    >>> _day("2025-01-31").strftime("%d %b %Y")
+    Raises:
+      ValueError: It is none.
+
+    >>> day("2025-01-31").strftime("%d %b %Y")
     '31 Jan 2025'
     """
     try:
