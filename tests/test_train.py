@@ -410,6 +410,7 @@ WRONG = {
         "--trains [: it is no regular expression",
     ),
     "a long seed": (words(seed=2**32, out="x"), "0 or more and below 4294967296"),
+    "a pattern for a folder": (words(out="run[1]"), "takes '[' for a pattern: leave it out"),
     "no day": (words(date="tomorrow", out="x"), "--date tomorrow: it is no day"),
     "no folder of a json": (words(json="no/x.json", out="x"), "'no' is no directory"),
     "a json that is there": (words(json="texts.jsonl", out="x"), "nothing is overwritten"),

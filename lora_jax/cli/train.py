@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.cli.options import check_new, need, write_json
+from lora_jax.cli.quiet import quiet
 
 HELP = "fine-tune a model on a file of data"
 DESCRIPTION = """\
@@ -104,7 +105,8 @@ def run(arguments: argparse.Namespace) -> int | None:
     if file is not None and not (wanted.out and file.absolute().parent == Path(wanted.out).absolute()):
         check_new(file)
     try:
-        found = job.run(wanted, dry=arguments.dry_run)
+        with quiet(arguments.debug):
+            found = job.run(wanted, dry=arguments.dry_run)
     except Diverged as error:
         print(f"{arguments.prog}: {error}", file=sys.stderr)
         return 1

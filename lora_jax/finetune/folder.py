@@ -43,9 +43,11 @@ def check(out: str, settings: Settings) -> Unfinished | None:
 
     Raises:
       OSError: The directory cannot be made or written to, or holds something else.
-      ValueError: It holds a run of other settings.
+      ValueError: It holds a run of other settings, or its name is one in which checkpoints cannot be.
     """
     folder = Path(out)
+    if odd := sorted({*"*?["} & {*str(folder.absolute())}):
+        raise ValueError(f"--out {out}: orbax, which writes checkpoints, takes {odd[0]!r} for a pattern: leave it out")
     if not folder.exists():
         parent = folder.absolute().parent
         if not parent.is_dir():
