@@ -51,6 +51,13 @@ def test_text_and_what_counts_are_those_of_transformers(family):
             assert counts == case["mask"], (case["chat"], generation, [text[start:end] for start, end in found])
 
 
+def test_the_day_is_that_of_the_run():
+    source = "{{ strftime_now('%d %b %Y') }}"
+    assert Template(source, "chat.jinja", {}, date="2025-01-31").render([], "a:1") == "31 Jan 2025"
+    with pytest.raises(ValueError, match="--date 2025-02-30: it is no day"):
+        Template(source, "chat.jinja", {}, date="2025-02-30")
+
+
 def turns(source, chat, first=0, **options):
     text, found = spans(
         Template(source, "chat.jinja", VARIABLES, ["<|end|>", "<|endoftext|>"]), chat, "a:1", first, **options

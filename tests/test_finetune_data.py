@@ -343,6 +343,7 @@ WRONG_LABELS = {
     "both": ([1, "a"], ":2: its label is 'a', and that of .*:1 is 1: write all as whole numbers"),
     "one": ([1, 1], ":1: all labels are 1: there is nothing to tell apart"),
     "empty": (["a", ""], ":2: label is empty"),
+    "spaces": (["a", "b", " a"], ":3: its label ' a' and 'a' of .*:1 differ by spaces"),
 }
 
 
@@ -352,6 +353,13 @@ def test_wrong_labels(case, tmp_path, of):
     file = write(tmp_path / "a.jsonl", [{"text": "a", "label": x} for x in labels])
     with pytest.raises(ValueError, match=r"a\.jsonl" + expected):
         built(file, of["word_piece"], "classification")
+
+
+@pytest.mark.parametrize(("text", "length"), [("  ", 6), ("good", 2)])
+def test_a_row_of_nothing_but_what_the_tokenizer_sets(text, length, tmp_path, of):
+    file = write(tmp_path / "a.jsonl", [{"text": "good", "label": 0}, {"text": text, "label": 1}])
+    with pytest.raises(ValueError, match=r"a\.jsonl:[12]: (no token of it is left|the tokenizer makes no token)"):
+        built(file, of["word_piece"], "classification", length=length, too_long="truncate")
 
 
 def test_a_label_to_evaluate_on_is_one_to_train_on(tmp_path, of):
@@ -567,6 +575,9 @@ def test_a_preview_marks_what_counts_in_80_columns(tmp_path, of):
         assert "⟦ w" in body and body.endswith("é</s>⟧") and body.count("⟦") == 1
         assert f"{int(found.first.mask.sum())} of them predicted" in text
     long = Example(np.arange(4, 260, dtype=np.int32).repeat(20), np.ones(5120, bool), "a.txt:1")
+    found = built(write(tmp_path / "w.jsonl", [{"text": "a\x9b\u2028b"}]), of["bytes"])
+    wild = preview.shown(found.first._replace(where="a:1"), of["bytes"])
+    assert len(wild.splitlines()) == wild.count("\n") + 1 == 2 and r"\x9b\u2028" in wild
     assert len(preview.shown(long, of["bytes"], lines=10).splitlines()) <= 11
 
 

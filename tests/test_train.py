@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -403,6 +404,16 @@ WRONG = {
     "a flag": (["--learning-rat", "1"], "unrecognized arguments"),
     "prune": (words(prune_to=2, out="x"), "take AdaLoRA"),
     "loftq": (words(init="loftq", out="x"), "quantized base"),
+    "no init": (words(init="pisa", out="x"), "--init pisa: known are normal, uniform"),
+    "no pattern that trains": (
+        words(targets="attention", trains="[", out="x"),
+        "--trains [: it is no regular expression",
+    ),
+    "a long seed": (words(seed=2**32, out="x"), "0 or more and below 4294967296"),
+    "a pattern for a folder": (words(out="run[1]"), "takes '[' for a pattern: leave it out"),
+    "no day": (words(date="tomorrow", out="x"), "--date tomorrow: it is no day"),
+    "no folder of a json": (words(json="no/x.json", out="x"), "'no' is no directory"),
+    "a json that is there": (words(json="texts.jsonl", out="x"), "nothing is overwritten"),
 }
 FILES = {
     "typo": ("rank: 4\nlearning-rat: 1\n", "wrong.yaml:2: 'learning-rat' is no setting: did you mean learning_rate?"),
@@ -453,6 +464,25 @@ def refused(arguments, message, capsys):
 def test_no_space_is_told_before_training(here, capsys, monkeypatch):
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
     refused(["train", *words(out="full")], "free some space", capsys)
+
+
+@pytest.mark.parametrize(("name", "value"), [("vocab_size", "64"), ("max_position_embeddings", None)])
+def test_a_configuration_without_numbers(here, name, value, tmp_path, capsys):
+    shutil.copytree("base", tmp_path / "base")
+    config = tmp_path / "base/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), name: value}))
+    refused(["train", *words(model=tmp_path / "base", out="x")], f"{name} is {value!r}, and no whole number", capsys)
+
+
+def test_a_run_goes_on_as_of_the_day_it_began(tmp_path):
+    out = str(tmp_path / "run")
+    began = settings(out=out, date="2025-01-31")
+    folder.begin(out, began, "", None)
+    assert "date: '2025-01-31'" in (tmp_path / "run/train.yaml").read_text()
+    assert folder.check(out, settings(out=out)).date == "2025-01-31"
+    assert folder.check(out, began).date == "2025-01-31"
+    with pytest.raises(ValueError, match="with date .2025-01-31., and this one has .2025-02-01."):
+        folder.check(out, settings(out=out, date="2025-02-01"))
 
 
 def test_defaults_are_those_of_the_library():

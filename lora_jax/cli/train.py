@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from lora_jax.cli.options import need
+from lora_jax.cli.options import check_new, need, write_json
+from lora_jax.cli.quiet import quiet
 
 HELP = "fine-tune a model on a file of data"
 DESCRIPTION = """\
@@ -71,7 +71,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     groups["files"].add_argument(
         "--dry-run", action="store_true", help="show what would be done, and an example of the data; write nothing"
     )
-    groups["files"].add_argument("--json", metavar="FILE", type=Path, help="what was found, for programs")
+    groups["files"].add_argument(
+        "--json", metavar="FILE", type=Path, help="what was found, for programs, into a new file"
+    )
     for name, field in FIELDS.items():
         kind = str(field.type)
         options: dict[str, Any] = {"metavar": _metavar(field)}
@@ -98,13 +100,17 @@ def run(arguments: argparse.Namespace) -> int | None:
     for name, said in vars(arguments).items():
         if name in FIELDS:
             given[name] = Given(said, "--" + name.replace("_", "-"))
+    wanted = settings(given)
+    file: Path | None = arguments.json
+    if file is not None and not (wanted.out and file.absolute().parent == Path(wanted.out).absolute()):
+        check_new(file)
     try:
-        found = job.run(settings(given), dry=arguments.dry_run)
+        with quiet(arguments.debug):
+            found = job.run(wanted, dry=arguments.dry_run)
     except Diverged as error:
         print(f"{arguments.prog}: {error}", file=sys.stderr)
         return 1
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    write_json(file, found)
     return None
 
 

@@ -30,10 +30,12 @@ class Unfinished(NamedTuple):
     Attributes:
       before: Its evaluation before the first step; None without one.
       done: What it found, if all but cleaning up is done.
+      date: The day on which it began, which its chats may name.
     """
 
     before: dict[str, float] | None
     done: dict[str, Any] | None
+    date: str | None
 
 
 def check(out: str, settings: Settings) -> Unfinished | None:
@@ -41,9 +43,11 @@ def check(out: str, settings: Settings) -> Unfinished | None:
 
     Raises:
       OSError: The directory cannot be made or written to, or holds something else.
-      ValueError: It holds a run of other settings.
+      ValueError: It holds a run of other settings, or its name is one in which checkpoints cannot be.
     """
     folder = Path(out)
+    if odd := sorted({*"*?["} & {*str(folder.absolute())}):
+        raise ValueError(f"--out {out}: orbax, which writes checkpoints, takes {odd[0]!r} for a pattern: leave it out")
     if not folder.exists():
         parent = folder.absolute().parent
         if not parent.is_dir():
@@ -60,13 +64,14 @@ def check(out: str, settings: Settings) -> Unfinished | None:
         raise FileExistsError(f"--out {out}: it holds {what}: give another directory, or remove this one")
     known = json.loads((folder / UNFINISHED).read_text())
     ours, theirs = as_json(settings), known["settings"]
-    for name in (name for name in {**theirs, **ours} if name != "out" and ours.get(name) != theirs.get(name)):
+    free = {"out"} if settings.date else {"out", "date"}
+    for name in (name for name in {**theirs, **ours} if name not in free and ours.get(name) != theirs.get(name)):
         was, now = (json.dumps(x.get(name), ensure_ascii=False) for x in (theirs, ours))
         raise ValueError(
             f"--out {out}: it holds an unfinished run with {name} {was}, and this one has {now}: give the same to go "
             "on with it, or another --out"
         )
-    return Unfinished(known["before"], known.get("done"))
+    return Unfinished(known["before"], known.get("done"), theirs.get("date"))
 
 
 def check_data(out: str, digest: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -45,6 +47,8 @@ def run(settings: Settings, *, dry: bool = False) -> dict[str, Any]:
         if unfinished and unfinished.done:
             folder.clean(settings.out, settings.keep_checkpoints)
             return report.ended(settings, unfinished.done)
+    today = (unfinished and unfinished.date) or datetime.date.today().isoformat()
+    settings = dataclasses.replace(settings, date=settings.date or today)  # a run goes on as of the day it began
     job = prepare.prepare(settings)
     digest = folder.digest([job.data.train, job.data.test])
     if unfinished:

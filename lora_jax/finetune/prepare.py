@@ -18,6 +18,7 @@ from lora_jax.finetune import task as tasks
 from lora_jax.finetune.base import Base, known_labels, open_base
 from lora_jax.finetune.data import dataset
 from lora_jax.finetune.data.rows import Batches
+from lora_jax.finetune.data.template import day
 from lora_jax.finetune.data.tokenizer import Tokenizer
 from lora_jax.finetune.optimizing import optimizer, schedule
 from lora_jax.finetune.placing import Placing, placing
@@ -80,14 +81,17 @@ def prepare(settings: Settings) -> Job:
             raise ValueError(f"--{name} is missing: give it as a flag, or as {name!r} in --config")
     if settings.patience and not settings.eval_every:
         raise ValueError(f"--patience {settings.patience} counts evaluations: say how often, as --eval-every 50")
+    if settings.date is not None:
+        day(settings.date)
     variant = variant_of(settings)
     where = placing(settings.mesh, settings.batch, settings.accumulate)
     directory = huggingface.directory_of(settings.model)
     config = read_json(directory / CONFIG)
     kind = settings.task or ("classification" if config.get("model_type") == "bert" else "lm")
     classes = (known_labels(directory) or ()) if kind == "classification" else ()
-    tokenizer = Tokenizer.of(directory, config.get("vocab_size", 0), settings.chat_template)
-    positions = config.get("max_position_embeddings", config.get("n_positions", 1024))
+    vocab_size = _whole(directory, config, "vocab_size")
+    tokenizer = Tokenizer.of(directory, vocab_size, settings.chat_template, settings.date)
+    positions = _whole(directory, config, "max_position_embeddings", "n_positions", default=1024)
     data = dataset.of(settings, tokenizer, kind, positions=positions, classes=classes)
     if kind == "lm" and not data.counts.counted:
         raise ValueError(
@@ -109,6 +113,15 @@ def prepare(settings: Settings) -> Job:
     chosen = rules(settings.targets, variant, sites, whole=whole)
     key = jax.random.key(settings.seed)
     return Job(settings, directory, own, base.params, tokenizer, data, batches, sites, chosen, where, steps, key)
+
+
+def _whole(directory: Path, config: Mapping[str, Any], *names: str, default: int = 0) -> int:
+    """What config.json has by the first of these names that is in it."""
+    name = next((name for name in names if name in config), None)
+    found = default if name is None else config[name]
+    if type(found) is not int:
+        raise ValueError(f"'{directory / CONFIG}': {name} is {found!r}, and no whole number: download it anew")
+    return found
 
 
 def opened(job: Job) -> Base:

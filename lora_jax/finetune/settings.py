@@ -38,6 +38,9 @@ class Settings:
     chat_template: str | None = _field(
         None, "data", "a chat template in Jinja, instead of the tokenizer's", metavar="FILE"
     )
+    date: str | None = _field(
+        None, "data", "the day that a chat template is told it is, as 2025-01-31; default: today", metavar="DAY"
+    )
     length: int | None = _field(
         None, "data", "tokens of a row; default: 512, or what the model has positions for", least=2
     )
@@ -117,7 +120,7 @@ class Settings:
     lora_plus_ratio: float | None = _field(
         None, "training", "how much faster B learns than A (LoRA+, 16 in its paper); default: as fast", above=0
     )
-    seed: int = _field(0, "training", "of all that is random: the same seed gives the same bits", least=0)
+    seed: int = _field(0, "training", "of all that is random: the same seed gives the same bits", least=0, below=2**32)
 
     precision: str | None = _field(
         None,

@@ -45,7 +45,10 @@ def rules(
     if targets == "all" and not isinstance(variant, Full):
         name = type(variant).__name__
         raise ValueError(f"--targets all: norms and biases have no {name}: take --variant Full, or all-linear")
-    taken = [re.compile(pattern) for pattern in whole]
+    try:
+        taken = [re.compile(pattern) for pattern in whole]
+    except re.error as error:
+        raise ValueError(f"--trains {error.pattern}: it is no regular expression ({error}): correct it") from None
     paths = [
         path
         for path, site in sites.items()

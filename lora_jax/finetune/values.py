@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import math
 from collections.abc import Callable, Mapping
@@ -112,6 +113,8 @@ def settings(given: Mapping[str, Given]) -> Settings:
 
 
 def _text(said: Any, quoted: bool) -> str | None:
+    if isinstance(said, datetime.date):  # TOML's, as a day without quotes
+        return said.isoformat()
     return said if isinstance(said, str) else None
 
 

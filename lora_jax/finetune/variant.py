@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_jax import tree
 from lora_jax.finetune.settings import Settings
-from lora_jax.initial.names import FROM_DATA, named
+from lora_jax.initial.names import FROM_DATA, NAMED, named
 from lora_jax.variants import Variant
 
 RANKS = {"VeRA": 256}  # as PEFT's default; others have 8, as PEFT's and TRL's do
@@ -93,9 +93,11 @@ def learning_rate(settings: Settings) -> float:
 
 def _check_init(name: str) -> None:
     if named(name) is None:
-        from lora_jax.variants.initializers import initializer
+        from lora_jax.variants.initializers import INITIALIZERS
 
-        initializer(name, 1)
+        if name not in INITIALIZERS:
+            known = (*INITIALIZERS, *NAMED, *(known for known in FROM_DATA if known != "loftq"))
+            raise ValueError(f"--init {name}: known are {', '.join(known)}{tree.close_to(name, known)}")
 
 
 def _literal(word: str) -> Any:

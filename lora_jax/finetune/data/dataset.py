@@ -152,6 +152,12 @@ def _classes(
         if type(example.label) is not type(first.label):
             what = f"{example.where}: its label is {example.label!r}, and that of {first.where} is {first.label!r}"
             raise ValueError(f"{what}: write all as whole numbers, or all as strings")
+    bare: dict[Any, Example] = {}
+    for example in (*examples, *tests):
+        other = bare.setdefault(str(example.label).strip(), example)
+        if other.label != example.label:
+            what = f"{example.where}: its label {example.label!r} and {other.label!r} of {other.where} differ by spaces"
+            raise ValueError(f"{what}: write them alike")
     found: set[Any] = {example.label for example in examples}
     numbers = all(str(label).isdecimal() for label in found)  # also those of .csv, which are strings
     order = sorted(found, key=(lambda label: (int(label), str(label))) if numbers else str)

@@ -43,7 +43,7 @@ def fitted(examples: Iterable[Example], length: int, too_long: str, pieces: bool
     >>> [(example.ids.tolist(), example.mask.tolist()) for example in found.examples]
     [([0, 1, 2], [False, True, True]), ([2, 3, 4], [False, True, True])]
     """
-    kept, cut, dropped = [], 0, 0
+    kept, cut, dropped, where = [], 0, 0, ""
     for example in examples:
         size = len(example.ids)
         if size <= length:
@@ -61,11 +61,14 @@ def fitted(examples: Iterable[Example], length: int, too_long: str, pieces: bool
             kept.append(_truncated(example, length))
         elif too_long == "drop":
             dropped += 1
+            where = where or example.where
         else:
             remedy = f"raise --length to {size}, or give --too-long truncate or --too-long drop"
             raise ValueError(f"{example.where}: it has {size} tokens, and a row has {length}: {remedy}")
     if not kept:
-        raise ValueError(f"each of the {dropped} examples is longer than {length} tokens: raise --length")
+        raise ValueError(
+            f"{where} and on: each of the {dropped} examples is longer than {length} tokens: raise --length"
+        )
     return Fitted(kept, cut, dropped)
 
 

@@ -15,7 +15,10 @@ from lora_jax.finetune.data.tokenizer import Tokenizer
 
 WIDTH = 80  # columns of a terminal
 OPEN, CLOSE = "⟦", "⟧"
-CONTROLS = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"}  # as pictures, which move no cursor
+CONTROLS: dict[int, int | str] = {
+    i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"
+}  # as pictures, which move no cursor
+CONTROLS |= {i: f"\\x{i:02x}" for i in range(0x7F, 0xA0)} | {i: f"\\u{i:x}" for i in (0x2028, 0x2029)}
 
 
 def shown(example: Example, tokenizer: Tokenizer, labels: Sequence[str] = (), lines: int = 30) -> str:

@@ -103,8 +103,11 @@ def _classified(records: Sequence[Record], tokenizer: Tokenizer, truncate: int |
     where = [record.where for record in records]
     for record, encoding in zip(records, tokenizer.encode(texts, where, truncate=truncate), strict=True):
         ids = np.array(encoding.ids, np.int32)
-        if not len(ids):
-            raise ValueError(f"{record.where}: the tokenizer makes no token of it: leave the record out")
+        if all(encoding.special_tokens_mask):
+            what = f"{record.where}: no token of it is left of a row of {truncate}: raise --length"
+            if not encoding.overflowing:
+                what = f"{record.where}: the tokenizer makes no token of it: leave the record out"
+            raise ValueError(what)
         types = np.array(encoding.type_ids, np.int8) if paired else None
         yield Example(
             ids, np.zeros(len(ids), bool), record.where, record.fields["label"], types, bool(encoding.overflowing)

@@ -106,7 +106,9 @@ def _csv(file: Path) -> Numbered:
             except StopIteration:
                 return
             except csv.Error as error:
-                raise ValueError(f"{file}:{start}: no row of a csv ({error}): correct its quotes") from None
+                raise ValueError(
+                    f"{file}:{start}: no row of a csv ({error}): correct its quotes and line ends"
+                ) from None
             end = rows.line_num
             if header is None:
                 header = _header(row, file) if row else None

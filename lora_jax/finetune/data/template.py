@@ -22,10 +22,11 @@ class Template:
       where: The file that it is from.
       variables: What it may use beside the messages: `bos_token`, `eos_token` and so on.
       special: The tokenizer's special tokens, which nothing cuts in two.
+      date: The day that it is for the template, as "2025-01-31"; None for today.
 
     Raises:
       ModuleNotFoundError: jinja2 is not installed.
-      ValueError: It is no Jinja.
+      ValueError: It is no Jinja, or the date is none.
 
     >>> source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
     >>> template = Template(source + "{% if add_generation_prompt %}<assistant>{% endif %}", "chat.jinja", {})
@@ -34,8 +35,16 @@ class Template:
     ('<user>Hi</s><assistant>Hello</s>', '<user>Hi</s><assistant>')
     """
 
-    def __init__(self, source: str, where: str, variables: Mapping[str, Any], special: Sequence[str] = ()):
+    def __init__(
+        self,
+        source: str,
+        where: str,
+        variables: Mapping[str, Any],
+        special: Sequence[str] = (),
+        date: str | None = None,
+    ):
         self.source, self.where, self.variables, self.special = source, where, variables, special
+        self.now = None if date is None else day(date)
         self._compiled: Any = None
 
     def render(self, messages: Sequence[Message], where: str, *, prompt: bool = False, **options: Any) -> str:
@@ -70,7 +79,7 @@ class Template:
     ) -> tuple[str, Spans | None]:
         import jinja2
 
-        self._compiled = self._compiled or _compiled(self.source, self.where)
+        self._compiled = self._compiled or _compiled(self.source, self.where, self.now)
         given = {"tools": None, "documents": None} | {**self.variables} | {**options}
         try:
             text = self._compiled.render(messages=messages, add_generation_prompt=prompt, **given)
@@ -103,7 +112,22 @@ def _blocks(marked: str, where: str) -> tuple[str, Spans]:
     return "".join(parts[::2]), spans
 
 
-def _compiled(source: str, where: str) -> Any:
+def day(date: str) -> datetime.datetime:
+    """The first moment of a day.
+
+    Raises:
+      ValueError: It is none.
+
+    >>> day("2025-01-31").strftime("%d %b %Y")
+    '31 Jan 2025'
+    """
+    try:
+        return datetime.datetime.strptime(date, "%Y-%m-%d")
+    except ValueError:
+        raise ValueError(f"--date {date}: it is no day: write it as 2025-01-31") from None
+
+
+def _compiled(source: str, where: str, now: datetime.datetime | None) -> Any:
     """The template in an environment as transformers makes it, with which published templates are written."""
     try:
         import jinja2
@@ -138,7 +162,7 @@ def _compiled(source: str, where: str) -> Any:
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
+    environment.globals["strftime_now"] = lambda format: (now or datetime.datetime.now()).strftime(format)
     try:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:

@@ -44,13 +44,16 @@ class Tokenizer:
     file: str
 
     @classmethod
-    def of(cls, directory: str | Path, vocab_size: int, chat_template: str | Path | None = None) -> Tokenizer:
+    def of(
+        cls, directory: str | Path, vocab_size: int, chat_template: str | Path | None = None, date: str | None = None
+    ) -> Tokenizer:
         """Reads tokenizer.json and what is beside it.
 
         Args:
           directory: A model's.
           vocab_size: How many rows its embedding has.
           chat_template: A file in Jinja, instead of the directory's.
+          date: As of `Template`.
 
         Raises:
           FileNotFoundError: There is no tokenizer.json, or no such template.
@@ -79,7 +82,9 @@ class Tokenizer:
             variables["additional_special_tokens"] = [_text(token) for token in more]
         special = tuple(token.content for token in fast.get_added_tokens_decoder().values() if token.special)
         sources = _templates(directory, beside[TOKENIZER_CONFIG], chat_template)
-        templates = {name: Template(source, where, variables, special) for name, (where, source) in sources.items()}
+        templates = {
+            name: Template(source, where, variables, special, date) for name, (where, source) in sources.items()
+        }
         return cls(fast, vocab_size, bos, eos, (eos or 0) if pad is None else pad, templates, str(file))
 
     def encode(
