@@ -62,6 +62,21 @@ def _launched(environment: Mapping[str, str]) -> bool:
     return any(count != "1" for count in counts) or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
 
 
+def check_alone(environment: Mapping[str, str] = os.environ) -> None:
+    """Raises where the environment says that this process is one of several.
+
+    Raises:
+      ValueError: It does.
+
+    >>> check_alone({"JAX_NUM_PROCESSES": "1"})
+    """
+    if (environment.get("JAX_NUM_PROCESSES") or "1") != "1" or _launched(environment):
+        raise ValueError(
+            "this is started as one of several processes, and runs as one, on all of its devices: start it once, or "
+            "write a program with lora_jax.training, which runs as several"
+        )
+
+
 @contextlib.contextmanager
 def output(folder: Path) -> Iterator[Path]:
     """The folder for this process to write to: process 0 has the one given; others have one that is deleted afterwards.

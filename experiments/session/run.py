@@ -22,9 +22,16 @@ HERE = Path(__file__).parent
 SHAPE = ["--length", "128", "--batch", "8", "--epochs", "3"]
 WAYS = {  # with the learning rates that --tune found
     "LoRA": ["--rank", "16", "--learning-rate", "1e-2"],
+    "LoRA, tokens too": ["--rank", "16", "--targets", ".*/(kernel|embedding)", "--learning-rate", "1e-2"],
     "Full": ["--variant", "Full", "--targets", "all", "--learning-rate", "2e-3"],
 }
-RATES = {"LoRA": ("5e-3", "1e-2", "2e-2"), "Full": ("1e-3", "2e-3", "4e-3")}
+NAMES = {"LoRA": "lora", "LoRA, tokens too": "lora-tokens", "Full": "full"}
+TITLES = {
+    "LoRA": "LoRA of rank 16, all linear layers",
+    "LoRA, tokens too": "the same, and the table of tokens",
+    "Full": "full fine-tuning",
+}
+RATES = {**dict.fromkeys(("LoRA", "LoRA, tokens too"), ("5e-3", "1e-2", "2e-2")), "Full": ("1e-3", "2e-3", "4e-3")}
 
 
 def call(out: Path, *words: str) -> float:
@@ -55,7 +62,7 @@ def tuned(out: Path) -> None:
     pretrained(out)
     for variant, rates in RATES.items():
         for rate in rates:
-            name = f"tune-{variant}-{rate}"
+            name = f"tune-{NAMES[variant]}-{rate}"
             found = train(out, name, [*WAYS[variant][:-1], rate], "--eval-share", "0.15")
             print(f"{variant} at {rate}: {found['after']['perplexity']:.2f}", flush=True)
 
@@ -65,7 +72,7 @@ def session(out: Path, seeds: range) -> dict[str, Any]:
     found: dict[str, Any] = {"pretrain": {"wall_seconds": pretrained(out)}}
     for seed in seeds:
         for variant, way in WAYS.items():
-            name = {"LoRA": "lora", "Full": "full"}[variant] + (f"-{seed}" if seed else "")
+            name = NAMES[variant] + (f"-{seed}" if seed else "")
             options = ["--eval-data", "held_out.jsonl", *(["--seed", str(seed)] if seed else [])]
             found.setdefault(variant, []).append(train(out, name, way, *options))
         if not seed:
@@ -82,7 +89,7 @@ def table(found: dict[str, Any]) -> str:
     lines = ["| | perplexity, held out | trained | optimizer state | adapter | training |", "|---|---|---|---|---|---|"]
     before = found["LoRA"][0]["before"]["perplexity"]
     lines.append(f"| base | {before:.2f} | | | | |")
-    for variant, title in (("LoRA", "LoRA, rank 16"), ("Full", "full fine-tuning")):
+    for variant, title in TITLES.items():
         runs = found[variant]
         after = [run["after"]["perplexity"] for run in runs]
         spread = f"{statistics.mean(after):.2f} ({min(after):.2f}–{max(after):.2f})"

@@ -87,11 +87,13 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int | None:
     """Trains."""
     need({"rich", "tokenizers", "yaml"}, extra="train")
+    from lora_jax import distributed
     from lora_jax.finetune import job
     from lora_jax.finetune.configuration import read
     from lora_jax.finetune.journal import Diverged
     from lora_jax.finetune.values import FIELDS, Given, settings
 
+    distributed.check_alone()
     given = read(arguments.config) if arguments.config else {}
     for name, said in vars(arguments).items():
         if name in FIELDS:

@@ -102,7 +102,9 @@ def prepare(settings: Settings) -> Job:
     batches = Batches(data.train, settings.batch, settings.seed)
     steps = settings.steps or max(1, round(settings.epochs * len(data.train) / settings.batch))
     own = tasks.of(_built(settings, where, base.model))
-    sites = lora.sites(own.loss, base.params, batches.batch(0))
+    # A head whose logits are made again can be adapted; nothing is known yet of whether it is to be.
+    traced = dataclasses.replace(own, recompute=True) if isinstance(own, LanguageModel) else own
+    sites = lora.sites(traced.loss, base.params, batches.batch(0))
     whole = (*map(re.escape, base.whole), *([settings.trains] if settings.trains else []))
     chosen = rules(settings.targets, variant, sites, whole=whole)
     key = jax.random.key(settings.seed)
