@@ -91,7 +91,9 @@ def test_a_directory_is_written_and_read(plain, tmp_path):
 def test_what_is_no_classifier(plain, tmp_path):
     model = Classifier(bert.Config(40, 16, 1, 2, 24, pooler=False))
     with pytest.raises(ValueError, match="no classifier of the mean"):
-        models.save(tmp_path / "mean", model, model.init(jax.random.key(0), jnp.ones((1, 1), int)))
+        models.save(
+            tmp_path / "mean", model, tiny.random(jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 1), int)))
+        )
     with pytest.raises(ValueError, match="give two or more different names"):
         base.open_base(plain, labels=["a", "a"])
     with pytest.raises(ValueError, match="is an encoder, which learns to classify here: give data with a label"):

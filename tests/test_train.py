@@ -37,7 +37,7 @@ def here(tmp_path_factory):
     before = Path.cwd()
     os.chdir(place)
     # Runs of one shape are compiled once: the tests are of what is around the programs.
-    options = {"dir": str(place / "cache"), "persistent_cache_min_compile_time_secs": 0}
+    options = {"dir": str(tmp_path_factory.mktemp("cache")), "persistent_cache_min_compile_time_secs": 0}
     names = {"dir": "jax_compilation_cache_dir"} | {name: f"jax_{name}" for name in options if name != "dir"}
     for name, value in options.items():
         jax.config.update(names[name], value)
@@ -297,7 +297,11 @@ def test_killed_from_outside(reference, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     given = {"out": out, "steps": 6, "eval_every": 2, "dropout": 0.1, "save_every": 1}
     command = [sys.executable, "-c", SLOW, "train", *words(**given)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(reference.parent / "cache")}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+    }
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     while len(log_of(out)) < 3 and process.poll() is None:
         time.sleep(0.02)
