@@ -188,7 +188,7 @@ def test_an_error_names_file_and_line(case, of, tmp_path):
 
 
 def test_files_that_are_not_there(tmp_path, of):
-    with pytest.raises(FileNotFoundError, match=r"a\.jsonl: no such file: correct --data"):
+    with pytest.raises(FileNotFoundError, match=r"a\.jsonl: no such file: correct its name"):
         built(str(tmp_path / "a.jsonl"), of["bytes"])
     with pytest.raises(IsADirectoryError, match=r"a directory: give the files in it, as .*\*\.jsonl"):
         built(str(tmp_path), of["bytes"])

@@ -50,13 +50,13 @@ def read(file: str | Path) -> Iterator[Record]:
 
     >>> list(read("no/such.jsonl"))
     Traceback (most recent call last):
-    FileNotFoundError: no/such.jsonl: no such file: correct --data
+    FileNotFoundError: no/such.jsonl: no such file: correct its name
     """
     path = Path(file)
     if path.is_dir():
         raise IsADirectoryError(f"{file}: a directory: give the files in it, as {path / '*.jsonl'}")
     if not path.exists():
-        raise FileNotFoundError(f"{file}: no such file: correct --data")
+        raise FileNotFoundError(f"{file}: no such file: correct its name")
     if path.suffix not in READERS:
         known = ", ".join(READERS)
         raise ValueError(f"{file}: data ends with {known}, not with {path.suffix or 'nothing'!r}: convert or rename it")
