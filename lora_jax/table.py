@@ -53,3 +53,12 @@ def quantity(number: float) -> str:
             break
         number /= 1000
     return f"{number:.3g}{unit}"
+
+
+def size(number: float) -> str:
+    """Bytes for people.
+
+    >>> size(2_660_388), size(3_688), size(900)
+    ('2.66 MB', '3.69 kB', '900 B')
+    """
+    return f"{quantity(number)}B" if number >= 999.5 else f"{number:.0f} B"

@@ -1,6 +1,7 @@
 """The command line: help, grammar, and mistakes, each of which gets one line and leaves nothing."""
 
 import importlib
+import io
 import json
 import os
 import re
@@ -275,6 +276,15 @@ def test_a_bug_is_no_mistake_of_the_users(capsys, monkeypatch):
     monkeypatch.setattr(importlib.import_module("lora_jax.cli.generate"), "run", fails)
     with pytest.raises(RuntimeError, match="INTERNAL"):
         cli.main(["generate", "--model", "x"])
+
+
+def test_an_encoding_without_lines(monkeypatch, models):
+    """As of LC_ALL=en_US.ISO-8859-1."""
+    written = io.BytesIO()
+    with monkeypatch.context() as changed:
+        changed.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+        assert cli.main(["sites", str(models / "llama"), "--targets", ".*/up/kernel"]) == 0
+        assert b"2?16?24" in written.getvalue()
 
 
 def test_a_reader_that_has_read_enough(models):

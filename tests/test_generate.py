@@ -1,5 +1,6 @@
 """`generate` and `sites`: what a base and its adapters answer is what merged weights do, and what can be adapted."""
 
+import functools
 import json
 
 import jax
@@ -104,8 +105,8 @@ def test_sites_are_those_of_the_trace(model, tmp_path, capsys):
     traced = lora.sites(base.model.apply, base.params, ids)
     assert leaves.keys() == traced.keys()
     rules = {path: lora.LoRA(2) for path, leaf in leaves.items() if leaf["adapter"] is not None}
-    _, lora_params = lora.split(jax.random.key(0), base.params, rules, sites=traced)
-    for row in lora.summary(base.params, lora_params).rows:
+    split = functools.partial(lora.split, jax.random.key(0), rules=rules, sites=traced)
+    for row in lora.summary(base.params, jax.eval_shape(split, base.params)[1]).rows:
         assert leaves[row.path]["adapter"] == row.parameters
     query = leaves["params/layers/attention/query/kernel"]
     assert query["module"] == "model.layers.*.self_attn.q_proj" and query["presets"] == ["all-linear", "attention"]
@@ -121,3 +122,13 @@ def test_sites_of_a_pattern(model, capsys):
     assert cli.main(["sites", str(model), "--targets", ".*/up/kernel"]) == 0
     printed = capsys.readouterr().out
     assert "params/layers/mlp/up/kernel" in printed and "down" not in printed
+    assert cli.main(["sites", str(model), "--targets", ".*/up/kernel", "--rank", "17"]) == 0
+    assert "rank 17 is too high for params/layers/mlp/up/kernel, 16 at most" in capsys.readouterr().out
+
+
+def test_an_adapter_that_diverged(model, tmp_path, capsys):
+    base, lora_params = tiny.adapter(tmp_path / "whole.safetensors", model, RULES)
+    lora.save(tmp_path / "nan.safetensors", jax.tree.map(lambda x: x.at[..., 0].set(np.nan), lora_params), base.params)
+    words = ["generate", "--model", model, "--adapter", tmp_path / "nan.safetensors", "--prompt", "a"]
+    assert cli.main([*map(str, words), "--max-new-tokens", "2"]) == 2
+    assert "not finite: take an adapter from before training diverged" in capsys.readouterr().err

@@ -22,7 +22,7 @@ def base(folder: Path) -> Path:
         64, 16, 2, num_attention_heads=2, intermediate_size=32, num_key_value_heads=2, max_position_embeddings=32
     )
     model = Llama(config)
-    models.save(folder, model, model.init(jax.random.key(0), jnp.array([[1]])))
+    models.save(folder, model, jax.jit(model.init)(jax.random.key(0), jnp.array([[1]])))
     words = {word: i for i, word in enumerate(["<unk>", "</s>", "<a>", "<b>", *WORDS])}
     fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     fast.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()

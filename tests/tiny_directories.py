@@ -72,10 +72,11 @@ def adapter(file, directory, rules, labels=None, seed=1):
     batch |= {"labels": np.zeros(1, np.int32)}
     rules = {**rules, **{path: lora.Full() for path in base.whole}}
     sites = lora.sites(task.of(base.model).loss, base.params, batch)
-    frozen, lora_params = lora.split(jax.random.key(0), base.params, rules, sites=sites)
-    lora_params = random(lora_params, seed)
+    # Not drawn by split, whose programs would be compiled for nothing.
+    shapes = jax.eval_shape(lambda params: lora.split(jax.random.key(0), params, rules, sites=sites)[1], base.params)
+    lora_params = random(shapes, seed)
     file.parent.mkdir(exist_ok=True)
-    lora.save(file, lora_params, frozen)
+    lora.save(file, lora_params, base.params)
     return base, lora_params
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -74,6 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is None and not sys.warnoptions:  # what libraries have to say to their users is not for ours
         warnings.filterwarnings("ignore", module=r"(?!lora_jax)")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # of an encoding, perhaps, that has no ─ and no ‖
+            stream.reconfigure(errors="replace")
     arguments = parse(sys.argv[1:] if argv is None else argv)
     try:
         status = arguments.run(arguments) or 0

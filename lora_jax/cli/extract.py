@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     from lora_jax.table import table
 
     options.refuse_existing(arguments.out)
-    options.check_new(arguments.json)
+    options.check_new(arguments.json, arguments.out)
     base, tuned = (stored(model) for model in (arguments.model, arguments.tuned))
     lora_params, held = extracted(base.deferred(), tuned.deferred(), base.sites(), arguments.rank, arguments.targets)
     write(arguments.out, lora_params, base, arguments.model)

@@ -63,14 +63,15 @@ def _misfit(model: str, path: Path) -> str | None:
     try:
         adapter.load(path, base.deferred(), base.names, base=base.fingerprint)
     except ValueError as error:
-        return str(error).removeprefix(f"{path}: ").removeprefix(f"'{path}': ")
+        place = adapter.find(path).path
+        return str(error).removeprefix(f"{place}: ").removeprefix(f"'{place}': ")
     return None
 
 
 def _shown(found: Contents, path: Path) -> str:
     """Lines about the whole, and a table of groups of leaves."""
     from lora_jax.formats import adapter
-    from lora_jax.table import table
+    from lora_jax.table import size, table
 
     groups: dict[tuple[str, ...], list[Entry]] = {}
     for entry in found.entries:
@@ -87,7 +88,7 @@ def _shown(found: Contents, path: Path) -> str:
     both = found.form == "native" and path.is_dir() and (path / adapter.PEFT).is_file()
     lines = [
         ("form", f"{FORMS[found.form]}, {found.path}" + (", and PEFT's beside it" if both else "")),
-        ("size", f"{options.megabytes(found.size)}, {trained:,} trained numbers in {', '.join(_dtypes(found))}"),
+        ("size", f"{size(found.size)}, {trained:,} trained numbers in {', '.join(_dtypes(found))}"),
         ("base", found.base),
         *([("written by", f"lora_jax {found.version}")] if found.version else []),
     ]

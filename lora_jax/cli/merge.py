@@ -65,11 +65,12 @@ def run(arguments: argparse.Namespace) -> None:
     from lora_jax.algebra.summed import summed
     from lora_jax.cli.base import adapters_of
     from lora_jax.formats import huggingface
+    from lora_jax.table import size
 
     if arguments.seed is not None and arguments.round == "nearest":
         raise ValueError("--seed does nothing with --round nearest: leave it out, or give --round stochastic")
     options.refuse_existing(arguments.out)
-    options.check_new(arguments.json)
+    options.check_new(arguments.json, arguments.out)
     base, adapters = adapters_of(arguments.model, [given.path for given in arguments.adapter])
     weights = [given.weight for given in arguments.adapter]
     lora_params = summed(adapters, weights, base=base.deferred()) if [*weights] != [1.0] else adapters[0]
@@ -89,10 +90,10 @@ def run(arguments: argparse.Namespace) -> None:
     if seed is not None and dtypes == ["float32"]:
         raise ValueError("--round stochastic does nothing in float32: leave it out, or give --dtype bfloat16")
     huggingface.write(arguments.out, tensors, source=base.checkpoint, dtype=arguments.dtype)
-    size = sum(file.stat().st_size for file in arguments.out.iterdir())
-    print(f"{arguments.out}: {options.megabytes(size)}, {len(merged)} of {len(tensors)} tensors merged, in {dtypes[0]}")
+    held = sum(file.stat().st_size for file in arguments.out.iterdir())
+    print(f"{arguments.out}: {size(held)}, {len(merged)} of {len(tensors)} tensors merged, in {dtypes[0]}")
     _tell(losses, dtypes[0], stochastic=seed is not None)
-    options.write_json(arguments.json, _numbers(losses, size, len(merged), len(tensors), dtypes))
+    options.write_json(arguments.json, _numbers(losses, held, len(merged), len(tensors), dtypes))
 
 
 def _tell(losses: dict[str, Loss], dtype: str, stochastic: bool) -> None:
@@ -119,7 +120,7 @@ def _tell(losses: dict[str, Loss], dtype: str, stochastic: bool) -> None:
         print(f"{lost}: less than a tenth, so that 99 % of its energy arrives")
 
 
-def _numbers(losses: dict[str, Loss], size: int, merged: int, tensors: int, dtypes: list[str]) -> dict[str, Any]:
+def _numbers(losses: dict[str, Loss], held: int, merged: int, tensors: int, dtypes: list[str]) -> dict[str, Any]:
     """What --json holds."""
     from lora_jax.formats.huggingface import rounding
 
@@ -127,5 +128,5 @@ def _numbers(losses: dict[str, Loss], size: int, merged: int, tensors: int, dtyp
         norms = {"update": loss.update**0.5, "error": loss.error**0.5, "lost": loss.share}
         return {**norms, "moved": loss.moved, "stuck": loss.stuck}
 
-    found = {"bytes": size, "merged": merged, "tensors": tensors, "dtypes": dtypes}
+    found = {"bytes": held, "merged": merged, "tensors": tensors, "dtypes": dtypes}
     return {**found, "rounding": of(rounding.total(losses.values())), "each": {n: of(x) for n, x in losses.items()}}

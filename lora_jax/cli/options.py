@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,20 +67,33 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", type=Path, help="what is shown, for programs, into a new file")
 
 
-def check_new(file: Path | None) -> None:
-    """Raises where a file that is to be written is there, or cannot be; None is none.
+def check_new(file: Path | None, out: Path | None = None) -> None:
+    """Raises where a file that is to be written is there, or cannot be, or is what `--out` names; None is none.
 
     >>> check_new(Path("no/such/folder/found.json"))
     Traceback (most recent call last):
-    FileNotFoundError: 'no/such/folder' is no directory: make it first, or name another file than 'found.json' in it
+    FileNotFoundError: 'no/such/folder' is no directory: make it first, or give a name in another
     """
     if file is None:
         return
-    if file.exists():
-        raise FileExistsError(f"'{file}' is there already, and nothing is overwritten: move it, or give another name")
-    if not file.parent.is_dir():
-        remedy = f"make it first, or name another file than '{file.name}' in it"
-        raise FileNotFoundError(f"'{file.parent}' is no directory: {remedy}")
+    if out is not None and file.absolute() == out.absolute():
+        raise ValueError(f"--json {file}: --out is written there: give a file another name")
+    _check_free(file)
+
+
+def refuse_existing(path: Path) -> None:
+    """Raises where an output is there already, or cannot be; an empty folder is none."""
+    if not path.is_dir() or any(path.iterdir()):
+        _check_free(path)
+
+
+def _check_free(path: Path) -> None:
+    if path.exists() or path.is_symlink():
+        raise FileExistsError(f"'{path}' is there already, and nothing is overwritten: move it, or give another name")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"'{path.parent}' is no directory: make it first, or give a name in another")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"'{path.parent}' may not be written to: change its permissions, or take another folder")
 
 
 def write_json(file: Path | None, content: Any) -> None:
@@ -113,25 +127,3 @@ def weighted(text: str) -> Weighted:
     if not math.isfinite(weight) or not weight:
         raise argparse.ArgumentTypeError(f"{text!r}: the weight {number} is none: give a finite number other than 0")
     return Weighted(Path(path), weight)
-
-
-def refuse_existing(path: Path) -> None:
-    """Raises where an output is there already; an empty folder is none."""
-    if path.is_dir() and not any(path.iterdir()):
-        return
-    if path.exists() or path.is_symlink():
-        raise FileExistsError(f"'{path}' is there already, and nothing is overwritten: move it, or give another name")
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"'{path.parent}' is no directory: make it first, or name another place for the output")
-
-
-def megabytes(size: int) -> str:
-    """Bytes for people.
-
-    >>> megabytes(1_234_567), megabytes(2_023_940_464), megabytes(900)
-    ('1.2 MB', '2.02 GB', '0.9 kB')
-    """
-    for unit, name, digits in ((1e9, "GB", 2), (1e6, "MB", 1)):
-        if size >= unit:
-            return f"{size / unit:.{digits}f} {name}"
-    return f"{size / 1e3:.1f} kB"

@@ -70,9 +70,9 @@ def _lines(entries: Sequence[Any], total: int, rank: int, targets: str | None) -
         lines += ["", "These train whole, or not at all:", *(_line(entry.path, entry.shape) for entry in others)]
     lines.append("─" * 80)
     for preset in dict.fromkeys(preset for entry in entries for preset in entry.presets) if targets is None else ():
-        lines.append(_sum(f"--targets {preset}", [entry for entry in entries if preset in entry.presets], total))
+        lines.append(_sum(preset, [entry for entry in entries if preset in entry.presets], total, rank))
     if targets is not None:
-        lines.append(_sum(f"--targets {targets}", entries, total))
+        lines.append(_sum(targets, entries, total, rank))
     return [*lines, f"the model: {total:,} numbers"]
 
 
@@ -83,7 +83,13 @@ def _line(first: str, second: str, third: str = "") -> str:
     return f"{first:{PATH}}  {second:{SHAPE}}  {third:>{NUMBER}}".rstrip()
 
 
-def _sum(what: str, entries: Sequence[Any], total: int) -> str:
+def _sum(targets: str, entries: Sequence[Any], total: int, rank: int) -> str:
+    """What training takes there; of a rank that is too high for one of them, which that is."""
+    least = min(
+        (entry for entry in entries if entry.site.adaptable), key=lambda entry: entry.site.max_rank, default=None
+    )
+    if least is not None and least.site.max_rank < rank:
+        return f"--targets {targets}: rank {rank} is too high for {least.path}, {least.site.max_rank} at most"
     numbers = sum(entry.adapter or 0 for entry in entries)
     matrices = sum(len(entry.modules) for entry in entries)
-    return f"{what}: {numbers:,} numbers train, {numbers / total:.2%}, in {matrices} modules"
+    return f"--targets {targets}: {numbers:,} numbers train, {numbers / total:.2%}, in {matrices} modules"

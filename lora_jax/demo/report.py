@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from lora_jax.demo.job import PROBE, Report, Result, Watch
+from lora_jax.table import size
 
 EXAMPLES = 6
 SMOOTHING = 20  # steps, of the loss curves
@@ -79,15 +80,6 @@ def _table(results: Sequence[Result]) -> Table:
             cells += [f"{result.trained:,}", f"{result.share:.2%}", *sizes, f"{result.seconds:.0f} s"]
         table.add_row(result.name, *cells)
     return table
-
-
-def size(count: int) -> str:
-    """Bytes for people.
-
-    >>> size(2_660_388), size(3_688)
-    ('2.66 MB', '3.69 kB')
-    """
-    return f"{count / 1e6:.3g} MB" if count >= 1e6 else f"{count / 1e3:.3g} kB"
 
 
 def write(report: Report, file: Path) -> None:

@@ -116,7 +116,11 @@ def _opened(directory: Path, name: str | None, dtype: str | None) -> tuple[Any, 
     own, checkpoint = models.names(model), models.opened(model, directory)
     params = huggingface.deferred(shapes, checkpoint, own)
     base = functools.partial(huggingface.fingerprint, shapes, checkpoint, own)
-    return model, adapter.load(name, params, own, base=base)
+    lora_params = adapter.load(name, params, own, base=base)
+    for path, factors in ((path, one.factors) for path, one in lora_params.items()):
+        if odd := [factor for factor, x in factors.items() if not jnp.isfinite(x).all()]:
+            raise ValueError(f"{name}: '{path}' has {odd[0]} not finite: take an adapter from before training diverged")
+    return model, lora_params
 
 
 def _check_lengths(given: Sequence[Prompt], tokens: Sequence[Tokens], model: Any, options: Options) -> None:

@@ -126,7 +126,12 @@ def adapter_labels(directory: str | os.PathLike[str], adapter: str | os.PathLike
     file = next((folder / LABELS for folder in folders if (folder / LABELS).is_file()), None)
     if file is None:
         return classifier.unnamed(number)
-    names = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        names = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"'{file}' is no JSON ({error}): write it as {json.dumps(classifier.unnamed(number))}"
+        ) from error
     if not isinstance(names, list) or len(names) != number or not all(isinstance(name, str) for name in names):
         raise ValueError(f"'{file}' names {names}, and the adapter has {number} classes: name each, or remove the file")
     return tuple(names)

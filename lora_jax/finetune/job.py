@@ -19,6 +19,7 @@ from lora_jax.finetune.evaluations import Evaluations
 from lora_jax.finetune.export import export
 from lora_jax.finetune.journal import Diverged, Journal
 from lora_jax.finetune.prepare import Job, Shapes
+from lora_jax.finetune.programs import nbytes
 from lora_jax.finetune.progress import note, progress
 from lora_jax.finetune.settings import Settings
 from lora_jax.finetune.variant import from_data, learning_rate
@@ -59,6 +60,8 @@ def run(settings: Settings, *, dry: bool = False) -> dict[str, Any]:
         batches = [job.placing.batch(job.batches.batch(i)) for i in range(BATCHES)]
         rules = begun(settings, job.task.loss, params, batches, rules, job.sites)
     shapes = prepare.shapes(job, rules)
+    if not dry:
+        folder.check_space(settings.out, 4 * nbytes(shapes.state))
     batch = job.placing.shapes(prepare.largest(job))
     report.show(job, shapes)
     note("compiling the step ...")
@@ -66,7 +69,6 @@ def run(settings: Settings, *, dry: bool = False) -> dict[str, Any]:
     report.show_memory(memory)
     if dry:
         return report.show_dry(job, shapes, memory)
-    folder.check_space(settings.out, 4 * memory.trained)
     if params is None:
         params = prepare.opened(job).params
     frozen, lora_params = lora.split(job.key, params, rules, sites=job.sites)

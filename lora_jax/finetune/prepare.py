@@ -202,7 +202,8 @@ def shapes(job: Job, rules: Any = None) -> Shapes:
 
 def rates(job: Job) -> list[float]:
     """The learning rate of each step."""
-    return np.asarray(jax.vmap(schedule(job.settings, job.steps))(np.arange(job.steps))).tolist()
+    rate = jax.jit(jax.vmap(schedule(job.settings, job.steps)))  # one program, and not one for each operation
+    return np.asarray(rate(np.arange(job.steps))).tolist()
 
 
 def tokens(batch: Mapping[str, Any]) -> int:

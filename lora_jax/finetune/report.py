@@ -17,7 +17,7 @@ from lora_jax.finetune.prepare import Job, Shapes
 from lora_jax.finetune.programs import Memory
 from lora_jax.finetune.settings import Settings
 from lora_jax.finetune.variant import from_data, learning_rate
-from lora_jax.table import dimensions, quantity, table
+from lora_jax.table import dimensions, quantity, size, table
 
 WIDTH = 80
 
@@ -117,15 +117,6 @@ def following(settings: Settings, classifies: bool) -> list[str]:
         f"lora-jax merge --model {model} --adapter {out} --out {out}-merged",
         f"lora-jax train --config {out}/{folder.SETTINGS} --seed 1 --out {out}-1",
     ]
-
-
-def size(count: int) -> str:
-    """Bytes for people.
-
-    >>> size(2_660_388), size(3_688)
-    ('2.66 MB', '3.69 kB')
-    """
-    return quantity(count) + "B" if count >= 1000 else f"{count} B"
 
 
 def _data(job: Job) -> str:

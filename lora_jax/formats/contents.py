@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from lora_jax.factors import Adapter
 from lora_jax.formats import adapter, description, native
+from lora_jax.formats.huggingface.tensors import headers
 from lora_jax.formats.native import DTYPES
 from lora_jax.formats.peft import folder, patterns
 from lora_jax.formats.peft.describe import variant_of
@@ -81,12 +81,7 @@ def contents(path: str | os.PathLike[str]) -> Contents:
 
 def _native(path: Path) -> Contents:
     adapters, base, version = native.about(path)
-    try:
-        with safe_open(path, framework="numpy") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118: it is no mapping
-            forms = {n: (DTYPES.get(x.get_dtype(), x.get_dtype()), x.get_shape()) for n, x in slices.items()}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: no whole safetensors file ({error}): copy or save it again") from error
+    forms = {x.name: (DTYPES.get(x.stored, x.stored), x.shape) for x in headers(path)}
     if missing := [name for a in adapters.values() for name in a.factors.values() if name not in forms]:
         raise ValueError(f"{path}: it lacks {missing[0]!r} of the factors that it describes: copy or save it again")
     return Contents("native", path, path.stat().st_size, (*_entries(adapters, forms),), _known(base), version)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Mapping
@@ -19,13 +18,10 @@ import lora_jax
 from lora_jax import tree
 from lora_jax.factors import Adapter, LoraParams
 from lora_jax.fingerprint import check_base, fingerprint
-from lora_jax.formats import atomic
+from lora_jax.formats import atomic, header
 from lora_jax.formats.description import check, describe, restore, shown
 from lora_jax.variants.base import SHARED
 
-# What the metadata of each format holds: (always, sometimes). Format 2 has the version that wrote it, and the base.
-FORMATS = {1: ({"format", "adapters"}, set()), 2: ({"format", "adapters", "lora_jax"}, {"base"})}
-FORMAT = max(FORMATS)
 # A safetensors file's dtypes, of those that JAX has.
 DTYPES = {f"{kind}{bits}": f"{name}{bits}" for kind, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)}
 DTYPES |= {"BOOL": "bool", "F16": "float16", "F32": "float32", "F64": "float64", "BF16": "bfloat16", "C64": "complex64"}
@@ -65,7 +61,7 @@ def save(path: str | os.PathLike[str], lora_params: Mapping[str, Adapter], base:
             raise ValueError("lora_params is empty, so there is nothing to save")
         check(lora_params)
         _check_factors(lora_params)
-        described = {"format": FORMAT, "lora_jax": lora_jax.__version__, "adapters": describe(lora_params)}
+        described = {"format": header.FORMAT, "lora_jax": lora_jax.__version__, "adapters": describe(lora_params)}
         if base is not None:
             described["base"] = _fitting(base, lora_params)
         # In C order, since safetensors writes an array's memory as it lies.
@@ -98,9 +94,8 @@ def load(path: str | os.PathLike[str], base: Any = None) -> LoraParams:
     """
     path = Path(path)
     try:
-        text, content = _read(path)
-        adapters, made_for, _ = _parsed(text)
-        arrays = _arrays(content)
+        adapters, made_for, _ = header.read(path)
+        arrays = _arrays(path.read_bytes())
         if missing := [name for name in jax.tree.leaves(adapters) if name not in arrays]:
             raise ValueError(f"it lacks {missing[0]!r} and {len(missing) - 1} others of the factors that it describes")
         lora_params = jax.tree.map(arrays.pop, adapters)
@@ -115,10 +110,8 @@ def load(path: str | os.PathLike[str], base: Any = None) -> LoraParams:
     return lora_params
 
 
-def about(path: str | os.PathLike[str]) -> tuple[LoraParams, dict[str, str] | None, str]:
-    """What an adapter file's header says, without its tensors: adapters, the base's fingerprint, and who wrote it.
-
-    Each factor of the adapters is the name of its tensor.
+def about(path: str | os.PathLike[str]) -> header.Header:
+    """What an adapter file says of itself; no tensor is read.
 
     Raises:
       OSError: As `load`.
@@ -126,7 +119,7 @@ def about(path: str | os.PathLike[str]) -> tuple[LoraParams, dict[str, str] | No
     """
     path = Path(path)
     try:
-        return _parsed(_read(path)[0])
+        return header.read(path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -179,48 +172,6 @@ def _fitting(base: Any, lora_params: Mapping[str, Adapter]) -> dict[str, str]:
     return known
 
 
-def _read(path: Path) -> tuple[str, bytes]:
-    """What a file's metadata says of the adapters, and all of its bytes, if it is a safetensors file that has such."""
-    if not path.exists():
-        raise FileNotFoundError(errno.ENOENT, f"{path}: no such adapter file")
-    if path.is_dir():
-        raise IsADirectoryError(
-            errno.EISDIR,
-            f"{path}: a folder, and no adapter file: give the file in it, or, if checkpoints are, let "
-            "lora_jax.formats.orbax.load read them",
-        )
-    if not path.is_file():
-        raise OSError(errno.EINVAL, f"{path}: a pipe or a device, and no adapter file")
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if not 0 < size <= os.fstat(file.fileno()).st_size - 8:
-            raise ValueError("no whole safetensors file (its header does not end in it): copy or save it again")
-        header = _json(file.read(size), "header")
-        metadata = header.get("__metadata__") if isinstance(header, dict) else None
-        if not isinstance(metadata, dict) or not isinstance(metadata.get("lora_jax"), str):
-            raise ValueError("a safetensors file, but not one that lora_jax.save wrote: its metadata is missing")
-        file.seek(0)
-        return metadata["lora_jax"], file.read()
-
-
-def _parsed(text: str) -> tuple[LoraParams, dict[str, str] | None, str]:
-    """What `about` returns."""
-    described = _json(text, "metadata")
-    version = described.get("format") if isinstance(described, dict) else None
-    if type(version) is not int or version < 1:
-        raise ValueError(f"its metadata is damaged (format {shown(version)}): copy or save it again")
-    if version > FORMAT:
-        raise ValueError(f"format {version}, and this version reads formats up to {FORMAT}: update lora_jax")
-    always, sometimes = FORMATS[version]
-    if odd := sorted((always - described.keys()) | (described.keys() - always - sometimes)):
-        cause = f"{'no' if odd[0] in always else 'an unknown'} entry {odd[0]!r}"
-        raise ValueError(f"its metadata is damaged ({cause}): copy or save it again")
-    base, wrote = described.get("base", {}), described.get("lora_jax", "")
-    if not isinstance(wrote, str) or not isinstance(base, dict) or not all(isinstance(x, str) for x in base.values()):
-        raise ValueError("its metadata is damaged (a version or a fingerprint that is none): copy or save it again")
-    return restore(described["adapters"]), base or None, wrote
-
-
 def _arrays(content: bytes) -> dict[str, jax.Array]:
     """The tensors of a safetensors file, by name."""
     try:
@@ -242,16 +193,3 @@ def _arrays(content: bytes) -> dict[str, jax.Array]:
         except ValueError as error:
             raise ValueError(f"no array has the shape of {name!r}, {shown(tensor['shape'])}") from error
     return arrays
-
-
-def _json(text: str | bytes, what: str) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        entries = dict(pairs)
-        if len(entries) < len(pairs):
-            raise ValueError("a name occurs twice")
-        return entries
-
-    try:
-        return json.loads(text if isinstance(text, str) else text.decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its {what} is damaged ({shown(error)}): copy or save it again") from error

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from lora_jax.plan.chips import ASSUMED, CHIPS, USABLE, Chip, Roofline
 from lora_jax.plan.plan import Plan, by_kind, meshes
 from lora_jax.plan.step import Job
-from lora_jax.table import quantity, table
+from lora_jax.table import quantity, size, table
 
 PARTS = {
     "base": "base weights, frozen",
@@ -44,11 +44,11 @@ def report_smallest(job: Job, found: Mapping[str, Plan], chips: Mapping[str, Chi
     most = max(own.devices for own in meshes(job))
     for name, chip in chips.items():
         if (plan := found.get(name)) is None:
-            rows.append((name, _bytes(chip.memory), f"more than {most}", "", "", ""))
+            rows.append((name, size(chip.memory), f"more than {most}", "", "", ""))
         else:
             times = plan.time(chip)
-            needed = _bytes(plan.memory.total)
-            rows.append((name, _bytes(chip.memory), str(plan.job.devices), _axes(plan), needed, _span(times)))
+            needed = size(plan.memory.total)
+            rows.append((name, size(chip.memory), str(plan.job.devices), _axes(plan), needed, _span(times)))
     head = ("chip", "memory", "how many", "mesh", "needs of each", "a step takes")
     some = list(found.values())
     drawn = table(head, rows, numbers=(1, 2, 4, 5))
@@ -71,8 +71,8 @@ def _mesh(plan: Plan) -> str:
 
 def _memory(plan: Plan) -> str:
     parts = [(words, getattr(plan.memory, name)) for name, words in PARTS.items()]
-    rows = [(words, _bytes(size)) for words, size in parts if size]
-    return table(("holds", ""), rows, ("together", _bytes(plan.memory.total)), numbers=(1,))
+    rows = [(words, size(count)) for words, count in parts if count]
+    return table(("holds", ""), rows, ("together", size(plan.memory.total)), numbers=(1,))
 
 
 def _work(plan: Plan) -> str:
@@ -80,8 +80,8 @@ def _work(plan: Plan) -> str:
     whole = plan.flops * plan.job.devices
     rows = [("products of matrices", "", "", f"{quantity(plan.flops)}FLOP")]
     for row in by_kind(plan.collectives):
-        rows.append((row["kind"], str(row["count"]), f"among {row['group']}", _bytes(row["bytes"])))
-    foot = ("all collectives", "", "", _bytes(plan.sent))
+        rows.append((row["kind"], str(row["count"]), f"among {row['group']}", size(row["bytes"])))
+    foot = ("all collectives", "", "", size(plan.sent))
     drawn = table(("computes and sends in a step", "times", "", ""), rows, foot, numbers=(1, 3))
     return f"{drawn}\n\n{quantity(whole)}FLOP on all devices together, {quantity(whole / tokens)}FLOP a token."
 
@@ -92,7 +92,7 @@ def _chips(plan: Plan, chips: Mapping[str, Chip]) -> str:
         times = plan.time(chip)
         fits = "yes" if plan.fits(chip) else "no"
         each = (f"{1e3 * x:,.0f} ms" for x in (times.compute, times.memory, times.network))
-        rows.append((name, _bytes(chip.memory), fits, *each, _span(times)))
+        rows.append((name, size(chip.memory), fits, *each, _span(times)))
     head = ("chip", "memory", "fits", "products", "HBM", "network", "a step takes")
     return table(head, rows, numbers=(1, 3, 4, 5, 6))
 
@@ -114,10 +114,6 @@ def _axes(plan: Plan) -> str:
 def _number(number: int) -> str:
     unit, word = (1e9, " billion") if number >= 1e9 else (1e6, " million") if number >= 1e6 else (1, "")
     return f"{number / unit:.4g}{word}" if word else f"{number:,}"
-
-
-def _bytes(number: float) -> str:
-    return f"{quantity(number)}B" if number >= 1000 else f"{number:.0f} B"
 
 
 def _span(times: Roofline) -> str:

@@ -208,8 +208,9 @@ def _on_host(adapter: Adapter) -> Adapter:
 
 
 def _not_finite(path: str, name: str, base: bool) -> str:
-    cause = "the factors are" if base else "the base is"
+    if not base:
+        return f"'{name}' of the base is not finite: download or save the base anew"
     return (
-        f"'{name}': merged weights are not finite, because {cause} not at '{path}' (or the sum overflows): take "
-        "an adapter from before training diverged"
+        f"'{name}': merged weights are not finite, because the factors are not at '{path}' (or the sum overflows): "
+        "take an adapter from before training diverged"
     )
