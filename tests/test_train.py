@@ -390,7 +390,8 @@ def test_a_mesh_agrees_with_one_device(reference, tmp_path):
 
 
 def listed(place):
-    return sorted(str(path.relative_to(place)) for path in place.rglob("*"))
+    files = sorted(str(path.relative_to(place)) for path in place.rglob("*"))
+    return [file for file in files if Path(file).parts[0] != "cache"]  # of XLA's programs, for these tests alone
 
 
 WRONG = {
