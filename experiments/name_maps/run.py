@@ -44,7 +44,7 @@ def check_jax(folder: Path) -> None:
     import lora_jax as lora
     from lora_jax import tree
     from lora_jax.formats import huggingface, maps, peft
-    from lora_jax.formats.maps import transformers, tunix  # noqa: F401
+    from lora_jax.formats.maps import transformers, tunix  # noqa: F401  (imported for its effect: `maps` then has them)
     from lora_jax.formats.names import locate
 
     results, recorded = {}, {}
